@@ -192,9 +192,7 @@ def convert(gguf: Path, target: Path, progress: Progress) -> None:
     progress("tokenizer")
     make_tokenizer(gguf).save_pretrained(target)
     progress("weights, 4 bit to bf16")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     model.save_pretrained(target)
     for path in target.iterdir():
         path.chmod(0o644)  # safetensors writes files that only the owner can read
@@ -251,9 +249,7 @@ def try_out(folder: Path, progress: Progress) -> None:
 def main() -> int:
     """`python -m launch.model`, behind `make model`."""
     parser = argparse.ArgumentParser(prog="python -m launch.model", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default=os.environ.get("MODEL") or EMBEDDED_MODEL, help="default: %(default)s"
-    )
+    parser.add_argument("--model", default=os.environ.get("MODEL") or EMBEDDED_MODEL, help="default: %(default)s")
     try:
         ensure_model(parser.parse_args().model)
     except ModelError as error:

@@ -1,0 +1,82 @@
+# The chat pipeline, and everything it needs, on one machine. `make` alone prints the targets.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup model infra run status test test-quick check lock clean
+
+# Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
+PYTHON_CANDIDATES ?= python3.11 python3.12 python3
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(firstword $(foreach python,$(PYTHON_CANDIDATES),\
+	$(shell $(python) -c '$(IS_SUPPORTED)' 2>/dev/null && echo $(python))))
+
+VENV_PYTHON := .venv/bin/python
+
+help:
+	@echo 'make setup       .venv with everything pinned in requirements.txt (10 GB of disk, about a minute)'
+	@echo 'make model       the embedded model, made once: models/SmolLM2-135M-Instruct'
+	@echo 'make run         NATS, etcd, engine, processor and frontend; asks them one question; stays up'
+	@echo 'make infra       NATS and etcd only, for the three terminals of the chapter'
+	@echo
+	@echo 'make restart-engine    restarts one component of `make run`; also -processor, -frontend, -nats, -etcd'
+	@echo 'make status            what `make run` runs'
+	@echo
+	@echo 'make test        every test, with the real servers and the real model'
+	@echo 'make test-quick  only the tests that need no model and no servers'
+	@echo 'make check       ruff and mypy'
+	@echo 'make lock        requirements.txt again, from pyproject.toml'
+	@echo 'make clean       removes everything that the targets above made'
+	@echo
+	@echo 'Every target makes what it needs first: in a fresh clone, `make run` is enough.'
+	@echo
+	@echo 'MODEL=Qwen/Qwen2.5-0.5B-Instruct make run     a model from the hub, or the path of a folder'
+	@echo 'ENGINE_ARGS="--context-length 2048" make run  more SGLang flags'
+	@echo 'NATS_PORT, NATS_MONITORING_PORT, ETCD_PORT, HTTP_PORT   ports other than 4222, 8222, 2379, 8080'
+	@echo 'NATS_SERVER, ETCD_ENDPOINTS                   servers that already run: used instead of own ones'
+	@echo 'READY_TIMEOUT_S=600 RUN_ONCE=1 make run       how long to wait; stop after the answer (for CI)'
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed, and none of $(PYTHON_CANDIDATES) is one: \
+	install one, or name it: make PYTHON=/path/to/python3.11))
+	@$(PYTHON) -m launch.setup
+
+model: setup
+	@$(VENV_PYTHON) -m launch.model
+
+# make runs these itself, without a shell between: an interrupt or a SIGTERM reaches them directly.
+infra: setup
+	@$(VENV_PYTHON) -m launch.infra
+
+run: model
+	@$(VENV_PYTHON) -m launch.run
+
+restart-%:
+	@$(VENV_PYTHON) -m supervisor.supervisorctl -c .data/run/supervisord.conf restart $*
+
+status:
+	@$(VENV_PYTHON) -m supervisor.supervisorctl -c .data/run/supervisord.conf status || true
+
+test: model
+	@$(VENV_PYTHON) -m pytest
+
+test-quick: setup
+	@$(VENV_PYTHON) -m pytest -m 'not pipeline'
+
+check: setup
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(VENV_PYTHON) -m mypy
+
+# Exact pins with hashes for Python 3.11 and 3.12. uv keeps the pins of the old file where it can.
+lock: setup
+	@$(VENV_PYTHON) -m uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	--quiet --output-file requirements.txt
+	@echo 'lock: requirements.txt written; `make setup` installs it'
+
+clean:
+	rm -rf .uv .venv .venv-new .venv-old models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	.schemathesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
