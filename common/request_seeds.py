@@ -71,9 +71,7 @@ class SeededSampler(Sampler):  # type: ignore[misc]
         positions: torch.Tensor,
         simple_sampling_case: bool,
     ) -> torch.Tensor:
-        token_ids: torch.Tensor = super()._sample_from_probs(
-            probs, sampling_info, positions, simple_sampling_case
-        )
+        token_ids: torch.Tensor = super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
         seeded = [(row, seed) for row, seed in enumerate(sampling_info.request_seeds) if seed is not None]
         if seeded:
             rows = torch.tensor([row for row, _ in seeded], device=probs.device)

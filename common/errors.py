@@ -1,0 +1,148 @@
+"""Every error that a client can see, each with its HTTP status and its OpenAI type and code.
+
+    PipelineError
+    |- InvalidRequest 400
+    |  |- ContextLengthExceeded
+    |- InvalidApiKey 401
+    |- NotFound 404
+    |  |- ModelNotFound
+    |- MethodNotAllowed 405
+    |- RequestTimeout 408
+    |- RequestTooLarge 413
+    |- UnsupportedMediaType 415
+    |- Overloaded 429
+    |- InternalError 500
+    |- BadUpstream 502
+    |- Unavailable 503
+    |- DeadlineExceeded 504
+
+Knows nothing about HTTP servers: the frontend turns `status` into a response, the other two send the dict.
+"""
+
+import functools
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+logger = logging.getLogger(__name__)
+
+
+class PipelineError(Exception):
+    """An error with a message that the client may read."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def to_wire(self) -> dict[str, Any]:
+        """`{"error": {...}}` as it crosses NATS: OpenAI's envelope."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(PipelineError):
+    status, type = 400, "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class InvalidApiKey(PipelineError):
+    status, type, code = 401, "invalid_request_error", "invalid_api_key"
+
+
+class NotFound(PipelineError):
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class MethodNotAllowed(PipelineError):
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class RequestTimeout(PipelineError):
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class RequestTooLarge(PipelineError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class UnsupportedMediaType(PipelineError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class Overloaded(PipelineError):
+    status, type, code, retry_after_s = 429, "rate_limit_error", "overloaded", 1
+
+
+class InternalError(PipelineError):
+    status, code = 500, "internal_error"
+
+
+class BadUpstream(PipelineError):
+    """A worker answered something that is not part of the protocol, or broke and nobody could take over."""
+
+    status, code = 502, "bad_upstream"
+
+
+class Unavailable(PipelineError):
+    status, code, retry_after_s = 503, "unavailable", 2
+
+
+class DeadlineExceeded(PipelineError):
+    status, code = 504, "deadline_exceeded"
+
+
+_DEFAULT_CODES: dict[str | None, type[PipelineError]] = {
+    error.code: error
+    for error in (
+        ContextLengthExceeded, ModelNotFound, RequestTooLarge, Overloaded,
+        InternalError, BadUpstream, Unavailable, DeadlineExceeded,
+    )
+}  # fmt: skip
+
+
+def from_wire(error: Any) -> PipelineError:
+    """The error that a worker sent. What cannot be read is a `BadUpstream`, without the worker's text."""
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return BadUpstream("The model worker reported an error that cannot be read.")
+    param = error.get("param") if isinstance(error.get("param"), str) else None
+    code = error.get("code") if isinstance(error.get("code"), str) else None
+    by_type = InvalidRequest if error.get("type") == InvalidRequest.type else BadUpstream
+    return _DEFAULT_CODES.get(code, by_type)(error["message"], param=param)
+
+
+Handler = Callable[..., AsyncGenerator[dict[str, Any], None]]
+
+
+def answers_errors(handler: Handler) -> Handler:
+    """Wrap a service's async generator so that an exception becomes the last dict of its stream.
+
+    A `PipelineError` is sent as it is. Anything else is a bug: its traceback goes to the log, and the caller
+    gets a sentence that tells nothing about the inside.
+    """
+
+    @functools.wraps(handler)
+    async def answering(*args: Any, **kwargs: Any) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            async with aclosing(handler(*args, **kwargs)) as stream:
+                async for item in stream:
+                    yield item
+        except PipelineError as error:
+            yield error.to_wire()
+        except Exception:
+            logger.exception("%s failed", handler.__qualname__)
+            yield InternalError("The server had an error while processing your request.").to_wire()
+
+    return answering

@@ -1,0 +1,77 @@
+"""The frontend's command line."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.environment_help import ENVIRONMENT
+
+
+@dataclass(frozen=True)
+class FrontendArgs:
+    """Sizes in bytes, times in seconds. `api_keys`: empty means that nobody needs one."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 900_000
+    max_concurrency: int = 512
+    request_timeout_s: float = 600.0
+    body_timeout_s: float = 30.0
+    processor_wait_s: float = 30.0
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError("must be greater than 0")
+        return value
+
+    return parse
+
+
+def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
+    default = FrontendArgs()
+    parser = argparse.ArgumentParser(
+        prog="frontend.py",
+        description="OpenAI's chat completions over HTTP, answered by inference/processor/process.",
+        epilog=ENVIRONMENT + "  DYN_CHAT_API_KEY   API keys, separated by commas, in addition to --api-key\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def number(flag: str, kind: type[int] | type[float], value: float, text: str) -> None:
+        parser.add_argument(flag, type=_positive(kind), default=value, metavar="N", help=f"{text} (default: {value})")
+
+    parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=default.port, help="port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="require this key; may be repeated"
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="allow browsers on pages of this origin, such as https://example.com; may be repeated (default: none)",
+    )
+    number("--max-body-bytes", int, default.max_body_bytes, "largest request body; NATS' max_payload is 1 MB by itself")
+    number("--max-concurrency", int, default.max_concurrency, "requests in work at once; more get 429")
+    number("--request-timeout", float, default.request_timeout_s, "seconds that one answer may take; then 504")
+    number("--body-timeout", float, default.body_timeout_s, "seconds that a client may take to send its request")
+    number("--processor-wait", float, default.processor_wait_s, "seconds to wait for a processor before 503")
+    args = parser.parse_args(argv)
+    keys = [*args.api_key, *os.environ.get("DYN_CHAT_API_KEY", "").split(",")]
+    return FrontendArgs(
+        host=args.host,
+        port=args.port,
+        api_keys=tuple(key.strip() for key in keys if key.strip()),
+        cors_origins=tuple(args.cors_origin),
+        max_body_bytes=args.max_body_bytes,
+        max_concurrency=args.max_concurrency,
+        request_timeout_s=args.request_timeout,
+        body_timeout_s=args.body_timeout,
+        processor_wait_s=args.processor_wait,
+    )

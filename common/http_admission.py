@@ -1,0 +1,61 @@
+"""Who may come in: API keys, and the number of requests in work. Plain ASGI, so that streams are not buffered."""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from common.errors import InvalidApiKey, Overloaded, PipelineError
+from common.http_errors import error_response
+
+PROTECTED_PREFIX = "/v1/"
+LIMITED_PATH = "/v1/chat/completions"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class ApiKeys:
+    """Answers 401 to requests under /v1 without one of the keys. Keys are kept and compared as digests."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._digests and scope["path"].startswith(PROTECTED_PREFIX):
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            given = _digest(key.strip())
+            # Compare with all of them: the time taken must not tell which one came close.
+            matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+            if scheme.lower() != "bearer" or not any(matches):
+                error = InvalidApiKey("Missing or wrong API key. Send it as: Authorization: Bearer KEY.")
+                await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class ConcurrencyLimit:
+    """Answers 429 to chat requests above the limit. A stream counts until its last byte is sent."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._num_in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != LIMITED_PATH:
+            await self._app(scope, receive, send)
+            return
+        if self._num_in_flight >= self._limit:
+            error: PipelineError = Overloaded(f"{self._limit} requests are in work, which is the limit. Try again.")
+            await error_response(error)(scope, receive, send)
+            return
+        self._num_in_flight += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._num_in_flight -= 1

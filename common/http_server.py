@@ -1,0 +1,55 @@
+"""uvicorn inside a Dynamo worker: one event loop, one owner of the signals."""
+
+import asyncio
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from common.runtime import DRAIN_TIMEOUT_S, DistributedRuntime
+
+_BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # they belong to the worker
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        sys.exit(f"error: cannot listen on {host}:{port}: {error.strerror}. Choose another one with --port or --host.")
+
+
+async def serve_http(app: Any, runtime: DistributedRuntime, *, host: str, port: int) -> None:
+    """Serve until the worker is told to stop; then finish the requests in flight, up to DRAIN_TIMEOUT_S."""
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        loop="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(DRAIN_TIMEOUT_S),
+    )
+    server = _Server(config)
+
+    async def stop_with_worker() -> None:
+        await runtime.is_stopping.wait()
+        server.should_exit = True
+
+    runtime.run_in_background(stop_with_worker())
+    listener = _listen(host, port)
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        listener.close()
+        await asyncio.sleep(0)

@@ -1,0 +1,33 @@
+"""OpenAI's `logprobs.content` entries for the tokens of an engine's chunk."""
+
+import math
+from typing import Any
+
+from common.token_bytes import TokenBytes
+from common.wire import EngineChunk
+
+# JSON has no -Infinity; OpenAI sends this for a token that could not have been chosen.
+_LOWEST = -9999.0
+
+
+def _entry(token_bytes: TokenBytes, token_id: int, logprob: float) -> dict[str, Any]:
+    raw = token_bytes.bytes_of(token_id)
+    return {
+        "token": raw.decode("utf-8", errors="replace"),
+        "logprob": max(logprob, _LOWEST) if math.isfinite(logprob) else _LOWEST,
+        "bytes": list(raw),
+    }
+
+
+def logprob_entries(
+    chunk: EngineChunk, num_tokens: int, num_top_logprobs: int, token_bytes: TokenBytes
+) -> list[dict[str, Any]] | None:
+    """One entry for each of the chunk's first `num_tokens` tokens; None where the engine sent no logprobs."""
+    if chunk.log_probs is None:
+        return None
+    best = chunk.top_logprobs or [[]] * len(chunk.token_ids)
+    return [
+        _entry(token_bytes, token_id, logprob)
+        | {"top_logprobs": [_entry(token_bytes, *alternative) for alternative in alternatives[:num_top_logprobs]]}
+        for token_id, logprob, alternatives in zip(chunk.token_ids[:num_tokens], chunk.log_probs, best, strict=False)
+    ]

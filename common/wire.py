@@ -1,0 +1,170 @@
+"""The dicts that cross NATS, each as one type: the only module that knows their keys.
+
+    frontend  -> processor  the OpenAI request as it came, plus "request_id"
+    processor -> frontend   {"content": ...}, then {"finish_reason": ..., "usage": ...}     ProcessorChunk
+    processor -> engine     {"token_ids", "sampling_options", "stop_conditions", ...}       EngineRequest
+    engine    -> processor  {"token_ids": [new ids]}, then {"finish_reason": ...}           EngineChunk
+    either way              {"error": {"message", "type", "param", "code"}}
+
+These are the chapter's dicts. Everything beyond them has a default, so that a worker which only knows the chapter
+still fits on every hop. `{"describe": true}` asks a worker what it serves; one that does not know the question
+answers with an error and is taken as it is.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from common.errors import BadUpstream, InvalidRequest, from_wire
+
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+FinishReason = Literal["stop", "length"]
+DESCRIBE: dict[str, Any] = {"describe": True}
+
+
+class SamplingOptions(msgspec.Struct, omit_defaults=True):
+    """How to choose a token. None means the engine's own default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class StopConditions(msgspec.Struct, omit_defaults=True):
+    """When to end. `max_tokens` counts new tokens, the end-of-sequence token included."""
+
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    ignore_eos: bool = False
+
+
+class OutputOptions(msgspec.Struct, omit_defaults=True):
+    """What to send back. `logprobs`: None for none, 0 for the chosen tokens', N for the N best as well.
+
+    `stream` false allows the engine to send the whole answer in one dict.
+    """
+
+    stream: bool = True
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class EngineRequest(msgspec.Struct, omit_defaults=True):
+    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    sampling_options: SamplingOptions = msgspec.field(default_factory=SamplingOptions)
+    stop_conditions: StopConditions = msgspec.field(default_factory=StopConditions)
+    output_options: OutputOptions = msgspec.field(default_factory=OutputOptions)
+    request_id: str = ""
+
+
+class EngineChunk(msgspec.Struct, omit_defaults=True):
+    """Some new tokens, the reason for the end, or both (then the tokens come first).
+
+    token_ids: new ids only, length >= 0.
+    log_probs: one a token, natural logarithm. top_logprobs: for each token its best (token id, logprob) pairs.
+    """
+
+    token_ids: list[TokenId] = []
+    finish_reason: FinishReason | None = None
+    log_probs: list[float] | None = None
+    top_logprobs: list[list[tuple[TokenId, float]]] | None = None
+    error: Any = None
+
+
+class EngineDescription(msgspec.Struct, omit_defaults=True):
+    """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together."""
+
+    model: str
+    context_length: int
+    vocab_size: int
+    is_seed_supported: bool = False
+    tokenizer_sha256: str = ""
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ProcessorChunk(msgspec.Struct, omit_defaults=True):
+    """A piece of one choice's text, the end of that choice, or both. `usage` comes with the last chunk of all.
+
+    logprobs: OpenAI's entries, {"token", "logprob", "bytes", "top_logprobs"}, for the tokens behind `content`.
+    """
+
+    index: Annotated[int, Meta(ge=0)] = 0
+    content: str = ""
+    finish_reason: FinishReason | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+class ProcessorDescription(msgspec.Struct, omit_defaults=True):
+    """The model names that a processor answers to, and since when (Unix seconds)."""
+
+    models: list[str]
+    created: int
+
+
+def to_wire(message: msgspec.Struct) -> dict[str, Any]:
+    """The dict for a message, without what is at its default."""
+    wire: dict[str, Any] = msgspec.to_builtins(message)
+    return wire
+
+
+def read_engine_request(data: Any) -> EngineRequest:
+    """Raises:
+    InvalidRequest: the dict is not an engine request.
+    """
+    try:
+        return msgspec.convert(data, EngineRequest)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"This is not an engine request: {error}.") from error
+
+
+_Chunk = TypeVar("_Chunk", EngineChunk, ProcessorChunk)
+
+
+def _read(data: Any, kind: type[_Chunk], sender: str) -> _Chunk:
+    try:
+        chunk = msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise BadUpstream(f"The {sender} sent something that is not part of the protocol ({error}).") from error
+    if chunk.error is not None:
+        raise from_wire(chunk.error)
+    return chunk
+
+
+def read_engine_chunk(data: Any) -> EngineChunk:
+    """Raises:
+    PipelineError: the engine sent an error, or a dict that is none of ours (BadUpstream).
+    """
+    chunk = _read(data, EngineChunk, "engine")
+    for per_token in (chunk.log_probs, chunk.top_logprobs):
+        if per_token is not None and len(per_token) != len(chunk.token_ids):
+            raise BadUpstream("The engine sent logprobs that do not match its tokens.")
+    return chunk
+
+
+def read_processor_chunk(data: Any) -> ProcessorChunk:
+    """Raises:
+    PipelineError: the processor sent an error, or a dict that is none of ours (BadUpstream).
+    """
+    return _read(data, ProcessorChunk, "processor")
+
+
+def is_terminal(data: Any) -> bool:
+    """Does this dict end a stream (or, with several choices, one of them)? `finish_reason: None` does not."""
+    return isinstance(data, dict) and (data.get("finish_reason") is not None or data.get("error") is not None)
+
+
+def is_error(data: Any) -> bool:
+    """Does this dict end a whole stream, whatever its other choices were doing?"""
+    return isinstance(data, dict) and data.get("error") is not None

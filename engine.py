@@ -1,0 +1,99 @@
+"""The engine: token ids in, new token ids out.
+
+    processor --(NATS)--> engine.generate --> SGLang
+
+It serves `inference/engine/generate` and knows nothing about text. SGLang runs inside this process and in children
+of it; each request becomes one call of `async_generate`, and whoever stops waiting aborts that call.
+"""
+
+import logging
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import uvloop
+
+from common.cancellation import when_stopped
+from common.engine_args import parse_engine_args
+from common.errors import answers_errors
+from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.sampling import sglang_sampling_params
+from common.sglang_engine import Output, SGLangEngine
+from common.wire import EngineChunk, read_engine_request, to_wire
+
+logger = logging.getLogger("engine")
+
+
+class RequestHandler:
+    """Answers `generate` requests with SGLang."""
+
+    def __init__(self, engine: SGLangEngine) -> None:
+        self.engine = engine
+
+    @answers_errors
+    async def generate(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields `{"token_ids": [new ids]}` as they come; the last dict has the finish_reason."""
+        if request.get("describe"):
+            yield {**to_wire(self.engine.description), "finish_reason": "stop"}
+            return
+        started = time.monotonic()
+        engine_request = read_engine_request(request)
+        rid = uuid.uuid4().hex  # SGLang's own id: unique, and never the prefix of another one
+        num_output_tokens_so_far = 0
+        finish_reason = None
+        with when_stopped(context, lambda: self.engine.abort(rid)):
+            async for output in self.engine.generate(
+                engine_request.token_ids,
+                sglang_sampling_params(engine_request),
+                rid=rid,
+                output_options=engine_request.output_options,
+            ):
+                chunk = new_tokens(output, num_output_tokens_so_far)
+                num_output_tokens_so_far = len(output["output_ids"])
+                finish_reason = chunk.finish_reason
+                if context.is_stopped():
+                    break
+                yield to_wire(chunk)
+        logger.info(
+            "request %s: %d prompt tokens, %d output tokens, %s, %.0f ms",
+            engine_request.request_id,
+            len(engine_request.token_ids),
+            num_output_tokens_so_far,
+            finish_reason or "cancelled",
+            (time.monotonic() - started) * 1000,
+        )
+
+
+def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
+    """What SGLang's item adds: it repeats all tokens of the answer each time, the new ones last."""
+    meta_info = output["meta_info"]
+    finish_reason = meta_info["finish_reason"]
+    chunk = EngineChunk(
+        token_ids=output["output_ids"][num_output_tokens_so_far:],
+        finish_reason=finish_reason["type"] if finish_reason else None,
+    )
+    if (logprobs := meta_info.get("output_token_logprobs")) is not None:
+        chunk.log_probs = [logprob for logprob, _, _ in logprobs[num_output_tokens_so_far:]]
+    if top_logprobs := meta_info.get("output_top_logprobs"):
+        chunk.top_logprobs = [
+            [(token_id, logprob) for logprob, token_id, _ in best or ()]
+            for best in top_logprobs[num_output_tokens_so_far:]
+        ]
+    return chunk
+
+
+@dynamo_worker(static=False)
+async def worker(runtime: DistributedRuntime, engine: SGLangEngine) -> None:
+    engine.leave_signals_to(runtime.request_stop)
+    component = runtime.namespace("inference").component("engine")
+    await component.create_service()
+    handler = RequestHandler(engine)
+    await component.endpoint("generate").serve_endpoint(handler.generate)
+
+
+if __name__ == "__main__":
+    configure_dynamo_logging()
+    with SGLangEngine(parse_engine_args(sys.argv[1:])) as sglang_engine:
+        uvloop.run(worker(sglang_engine))

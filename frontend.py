@@ -1,0 +1,172 @@
+"""The frontend: HTTP to NATS, and nothing else.
+
+    client --(HTTP)--> frontend --(NATS)--> processor.process
+
+It serves no endpoint of its own; it only has clients. An OpenAI chat request comes in, goes to a processor as it
+is, and the processor's dicts become one JSON answer or a stream of server-sent events.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import uvloop
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from fastapi.sse import EventSourceResponse
+
+from common.chat_responses import Answer, AnswerStream, models_json, sse
+from common.disconnect import until_disconnected
+from common.errors import BadUpstream, DeadlineExceeded, InternalError, ModelNotFound, PipelineError, Unavailable
+from common.failover import FailoverClient
+from common.frontend_args import FrontendArgs, parse_frontend_args
+from common.http_admission import ApiKeys, ConcurrencyLimit
+from common.http_body import read_json
+from common.http_errors import install_error_handlers
+from common.http_request_id import HEADER, RequestId
+from common.http_server import serve_http
+from common.model_directory import ModelDirectory
+from common.openai_api import ChatCompletionRequest, parse_chat_request
+from common.runtime import Client, Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.wire import ProcessorChunk, read_processor_chunk
+
+logger = logging.getLogger("frontend")
+
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class RequestHandler:
+    """Turns HTTP requests into calls of a processor, and what comes back into HTTP."""
+
+    def __init__(self, processor: FailoverClient, models: ModelDirectory, args: FrontendArgs) -> None:
+        self.processor = processor
+        self.models = models
+        self.args = args
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = await read_json(request, max_bytes=self.args.max_body_bytes, timeout_s=self.args.body_timeout_s)
+        chat = parse_chat_request(body)
+        if await self.models.knows_all() and chat.model not in await self.models.models():
+            raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
+        body["request_id"] = request.state.request_id
+        chat_id = f"chatcmpl-{uuid.uuid4().hex}"
+        if not chat.stream:
+            return await until_disconnected(request, self._whole_answer(chat, chat_id, body))
+        response_stream = self._processor_chunks(chat, chat_id, body)
+        # An error before the first chunk still gets a status of its own.
+        first = await until_disconnected(request, anext(response_stream))
+        events = AnswerStream(chat_id, chat.model, is_usage_wanted=chat.is_usage_wanted)
+        return EventSourceResponse(self._events(events, first, response_stream), headers=_STREAM_HEADERS)
+
+    async def _whole_answer(self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any]) -> Response:
+        answer = Answer(chat_id, chat.model, chat.n)
+        async with aclosing(self._processor_chunks(chat, chat_id, body, answer)) as response_stream:
+            async for chunk in response_stream:
+                answer.add(chunk)
+        return Response(answer.to_json(), media_type="application/json")
+
+    async def _events(
+        self,
+        events: AnswerStream,
+        first: ProcessorChunk,
+        response_stream: AsyncGenerator[ProcessorChunk, None],
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(response_stream):
+                yield events.events(first)
+                async for chunk in response_stream:
+                    yield events.events(chunk)
+            yield events.end()
+        except PipelineError as error:
+            yield sse(error.to_wire())
+        except Exception:
+            logger.exception("a stream broke")
+            yield sse(InternalError("The server had an error while processing your request.").to_wire())
+
+    async def _processor_chunks(
+        self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any], answer: Answer | None = None
+    ) -> AsyncGenerator[ProcessorChunk, None]:
+        """A processor's chunks for one request, until the last one, the deadline, or until nobody listens."""
+        context = Context(chat_id)
+        deadline = asyncio.get_running_loop().call_later(self.args.request_timeout_s, context.stop_generating)
+        try:
+            response_stream = self.processor.generate(
+                body,
+                context=context,
+                among=lambda: self.models.instances_for(chat.model),
+                start_over=answer.start_over if answer else None,
+            )
+            async for chunk in response_stream:
+                data = read_processor_chunk(chunk.data())
+                if data.index >= chat.n:
+                    raise BadUpstream("The processor answered a choice that nobody asked for.")
+                yield data
+            if context.is_stopped():
+                raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:.0f} seconds.")
+        finally:
+            deadline.cancel()
+            context.stop_generating()
+
+
+def create_app(processor_client: Client, engine_client: Client, args: FrontendArgs) -> FastAPI:
+    """The HTTP side as an ASGI app. `engine_client` is only asked whether an engine is there."""
+    models = ModelDirectory(processor_client)
+    handler = RequestHandler(FailoverClient(processor_client, wait_s=args.processor_wait_s), models, args)
+    app = FastAPI(title="Chat completions on Dynamo", version="1.0")
+    app.add_api_route("/v1/chat/completions", handler.chat_completions, methods=["POST"])
+    install_error_handlers(app)
+
+    @app.get("/v1/models")
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": models_json((await models.models()).items())})
+
+    @app.get("/v1/models/{model:path}")
+    async def retrieve_model(model: str) -> JSONResponse:
+        known = await models.models()
+        if model not in known:
+            raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
+        return JSONResponse(models_json([(model, known[model])])[0])
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Alive: this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Ready: a processor and an engine are registered, so that a chat request will be answered."""
+        instances = {
+            "processors": len(processor_client.instance_ids()),
+            "engines": len(engine_client.instance_ids()),
+        }
+        if missing := " and ".join(name for name, count in instances.items() if not count):
+            raise Unavailable(f"Waiting for {missing}.")
+        return JSONResponse({"status": "ready"} | instances)
+
+    app.add_middleware(ConcurrencyLimit, limit=args.max_concurrency)
+    app.add_middleware(ApiKeys, keys=args.api_keys)
+    if args.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[HEADER],
+        )  # fmt: skip
+    app.add_middleware(RequestId)
+    return app
+
+
+@dynamo_worker(static=False)
+async def worker(runtime: DistributedRuntime, args: FrontendArgs) -> None:
+    namespace = runtime.namespace("inference")
+    processor_client = await namespace.component("processor").endpoint("process").client()
+    engine_client = await namespace.component("engine").endpoint("generate").client()
+    app = create_app(processor_client, engine_client, args)
+    await serve_http(app, runtime, host=args.host, port=args.port)
+
+
+if __name__ == "__main__":
+    configure_dynamo_logging()
+    uvloop.run(worker(parse_frontend_args()))

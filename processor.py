@@ -1,0 +1,188 @@
+"""The processor: text to token ids, and back.
+
+    frontend --(NATS)--> processor.process --(NATS)--> engine.generate
+
+It serves `inference/processor/process`. For each request it renders and tokenizes the messages, calls an engine
+for each choice, and turns the token ids that come back into text: once at the end, or piece by piece for a stream.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import uvloop
+
+from common.cancellation import child_context
+from common.chat_tokenizer import ChatTokenizer
+from common.detokenizer import detokenize
+from common.errors import BadUpstream, ModelNotFound, answers_errors
+from common.failover import FailoverClient
+from common.generated_text import GeneratedText
+from common.logprobs import logprob_entries
+from common.merge import merged
+from common.openai_api import ChatCompletionRequest, parse_chat_request
+from common.processor_args import ProcessorArgs, parse_processor_args
+from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.sampling import engine_request, remaining_request
+from common.wire import (
+    EngineChunk,
+    EngineRequest,
+    ProcessorChunk,
+    ProcessorDescription,
+    Usage,
+    read_engine_chunk,
+    to_wire,
+)
+
+logger = logging.getLogger("processor")
+
+
+class RequestHandler:
+    """Answers `process` requests for one model, with the help of any engine that runs it."""
+
+    def __init__(self, engine: FailoverClient, tokenizer: ChatTokenizer, *, model_names: list[str]) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.description = ProcessorDescription(models=model_names, created=int(time.time()))
+
+    @answers_errors
+    async def process(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+        """Yields text as `{"content": ...}`, and at last `{"finish_reason": ..., "usage": ...}`."""
+        if request.get("describe"):
+            yield {**to_wire(self.description), "finish_reason": "stop"}
+            return
+        started = time.monotonic()
+        request_id = str(request.pop("request_id", ""))
+        chat = parse_chat_request(request)
+        if chat.model not in self.description.models:
+            raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
+        token_ids = await self.tokenizer.encode_chat(chat.messages)
+        choices = self._choices(chat, token_ids, request_id)
+        num_unfinished = len(choices)
+        async with aclosing(merged([choice.chunks(context) for choice in choices])) as chunks:
+            async for chunk in chunks:
+                num_unfinished -= chunk.finish_reason is not None
+                if not num_unfinished:  # the last chunk of all
+                    num_tokens = sum(choice.num_tokens for choice in choices)
+                    chunk.usage = Usage(len(token_ids), num_tokens, len(token_ids) + num_tokens)
+                    logger.info(
+                        "request %s: %d prompt tokens, %d completion tokens, %.0f ms",
+                        request_id, len(token_ids), num_tokens, (time.monotonic() - started) * 1000,
+                    )  # fmt: skip
+                yield to_wire(chunk)
+
+    def _choices(self, chat: ChatCompletionRequest, token_ids: list[int], request_id: str) -> "list[Choice]":
+        max_tokens = self.tokenizer.answer_budget(len(token_ids), chat.num_tokens_asked)
+        defaults = self.tokenizer.sampling_defaults
+        return [
+            Choice(
+                self.engine,
+                self.tokenizer,
+                chat,
+                index,
+                engine_request(
+                    chat,
+                    token_ids,
+                    index=index,
+                    max_tokens=max_tokens,
+                    defaults=defaults,
+                    request_id=request_id,
+                ),
+            )
+            for index in range(chat.n)
+        ]
+
+
+class Choice:
+    """One of the `n` answers to a request: an engine call of its own, and the text that comes of it.
+
+    num_tokens: tokens generated so far; after a stop string, up to the token that completed it.
+    """
+
+    def __init__(
+        self,
+        engine: FailoverClient,
+        tokenizer: ChatTokenizer,
+        chat: ChatCompletionRequest,
+        index: int,
+        request: EngineRequest,
+    ) -> None:
+        self.engine, self.tokenizer = engine, tokenizer
+        self.chat, self.index, self.request = chat, index, request
+        self.num_tokens = 0
+
+    async def chunks(self, context: Context) -> AsyncGenerator[ProcessorChunk, None]:
+        """Text as it becomes final, or in one piece where nobody streams; the last chunk has the finish_reason."""
+        async with child_context(context) as engine_context:
+            engine_response = self._engine_chunks(engine_context)
+            if not self.chat.stream and not self.chat.stop_strings:
+                yield await self._accumulated(engine_response)
+                return
+            async for piece in self._pieces(engine_response):
+                yield piece
+
+    async def _engine_chunks(self, context: Context) -> AsyncGenerator[EngineChunk, None]:
+        budget = self.request.stop_conditions.max_tokens or sys.maxsize
+        async for chunk in self.engine.generate(to_wire(self.request), context=context):
+            data = read_engine_chunk(chunk.data())
+            budget -= len(data.token_ids)
+            if budget < 0:
+                raise BadUpstream("The engine sent more tokens than it was asked for.")
+            yield data
+
+    async def _accumulated(self, engine_response: AsyncGenerator[EngineChunk, None]) -> ProcessorChunk:
+        """All tokens first, then one detokenization."""
+        token_ids: list[int] = []
+        whole = ProcessorChunk(index=self.index)
+        async for data in engine_response:
+            token_ids += data.token_ids
+            whole.logprobs = self._with_logprobs(whole.logprobs, data, len(data.token_ids))
+            whole.finish_reason = data.finish_reason
+        self.num_tokens = len(token_ids)
+        whole.content = detokenize(self.tokenizer.backend, token_ids)
+        return whole
+
+    async def _pieces(self, engine_response: AsyncGenerator[EngineChunk, None]) -> AsyncGenerator[ProcessorChunk, None]:
+        """The text that each chunk makes final."""
+        text = GeneratedText(self.tokenizer.backend, stop=self.chat.stop_strings)
+        async for data in engine_response:
+            piece = ProcessorChunk(index=self.index, content=text.push(data.token_ids))
+            piece.logprobs = self._with_logprobs(None, data, text.num_tokens - self.num_tokens)
+            self.num_tokens = text.num_tokens
+            if text.stopped is not None:
+                piece.finish_reason = "stop"
+            elif data.finish_reason is not None:
+                piece.content += text.finish()
+                piece.finish_reason = data.finish_reason if text.stopped is None else "stop"
+            if piece.content or piece.logprobs or piece.finish_reason:
+                yield piece
+            if piece.finish_reason:
+                return
+
+    def _with_logprobs(
+        self, so_far: list[dict[str, Any]] | None, data: EngineChunk, num_tokens: int
+    ) -> list[dict[str, Any]] | None:
+        if self.chat.num_top_logprobs is None:
+            return None
+        entries = logprob_entries(data, num_tokens, self.chat.num_top_logprobs, self.tokenizer.token_bytes)
+        return so_far if entries is None else (so_far or []) + entries
+
+
+@dynamo_worker(static=False)
+async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: ChatTokenizer) -> None:
+    engine_client = await runtime.namespace("inference").component("engine").endpoint("generate").client()
+    engine = FailoverClient(engine_client, resume=remaining_request, wait_s=args.engine_wait_s)
+
+    component = runtime.namespace("inference").component("processor")
+    await component.create_service()
+    handler = RequestHandler(engine, tokenizer, model_names=args.model_names)
+    await component.endpoint("process").serve_endpoint(handler.process)
+
+
+if __name__ == "__main__":
+    configure_dynamo_logging()
+    processor_args = parse_processor_args()
+    uvloop.run(worker(processor_args, ChatTokenizer.load(processor_args.model)))
