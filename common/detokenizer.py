@@ -40,11 +40,9 @@ class IncrementalDetokenizer:
         return self._utf8.decode(b"".join(pieces))
 
     def flush(self) -> str:
-        """What is left when the generation ends: nothing of a character that was cut off."""
-        rest = self._utf8.decode(b"", final=True)
-        # The decoder also holds the first two bytes of a surrogate: invalid by themselves, and no character.
-        is_cut_off_character = len(rest) == 1
-        return "" if is_cut_off_character else rest
+        """What is left when the generation ends: nothing, because a character that was cut off is dropped."""
+        self._utf8.reset()
+        return ""
 
     def _strip_leading_space(self, shown_ids: list[int], pieces: list[bytes]) -> None:
         first = next((index for index, piece in enumerate(pieces) if piece), None)
