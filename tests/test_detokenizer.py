@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers_for_tests import (
+
+from common.detokenizer import IncrementalDetokenizer, detokenize
+from common.token_bytes import TokenBytes
+from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,
     BYTE_TOKENIZERS,
@@ -17,9 +20,6 @@ from tokenizers_for_tests import (
     with_each,
     with_each_text,
 )
-
-from common.detokenizer import IncrementalDetokenizer, detokenize
-from common.token_bytes import TokenBytes
 
 # The bytes that begin a character and do not end it (RFC 3629, section 4, and the surrogates it excludes).
 CUT_OFF_CHARACTER = re.compile(

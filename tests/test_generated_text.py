@@ -2,7 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers_for_tests import (
+
+from common.detokenizer import IncrementalDetokenizer, detokenize
+from common.generated_text import GeneratedText
+from tests.tokenizers_for_tests import (
     BYTE_TOKENIZERS,
     TOKENIZERS,
     encode,
@@ -14,9 +17,6 @@ from tokenizers_for_tests import (
     with_each,
     with_each_text,
 )
-
-from common.detokenizer import IncrementalDetokenizer, detokenize
-from common.generated_text import GeneratedText
 
 
 def run(tokenizer: Tokenizer, chunks: list[list[int]], *stop: str) -> tuple[str, int, str | None]:

@@ -1,9 +1,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers_for_tests import few_examples
 
 from common.stop_strings import StopStringMatcher
+from tests.tokenizers_for_tests import few_examples
 
 texts = st.text(alphabet="ab👍é", max_size=12)
 stops = st.lists(st.text(alphabet="ab👍é", min_size=1, max_size=4), min_size=1, max_size=4)

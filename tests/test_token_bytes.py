@@ -2,7 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
-from tokenizers_for_tests import (
+
+from common.token_bytes import TokenBytes, decoder_types
+from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,
     BYTE_TOKENIZERS,
@@ -15,8 +17,6 @@ from tokenizers_for_tests import (
     with_each,
     with_each_text,
 )
-
-from common.token_bytes import TokenBytes, decoder_types
 
 
 def joined_bytes(tokenizer: Tokenizer, token_ids: list[int]) -> bytes:
