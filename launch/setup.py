@@ -44,7 +44,7 @@ def main() -> int:
         print(f"setup: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("setup: interrupted; what was there before is untouched", file=sys.stderr)
+        print("setup: interrupted; `make setup` starts again", file=sys.stderr)
         return 130
     print(f"setup: done in {time.monotonic() - started_at:.0f} s", flush=True)
     return 0
@@ -98,23 +98,40 @@ def _python_with_pip() -> str:
 
 
 def build_environment() -> None:
-    """Build beside `.venv`, then swap."""
+    """Bring a finished `.venv` of the same Python up to date, or build one beside it and swap."""
+    stamp = ENVIRONMENT / STAMP
+    if stamp.exists() and _python_version(ENVIRONMENT / "bin" / "python") == _python_version(sys.executable):
+        stamp.unlink()  # interrupted from here on, the next setup builds anew
+        _install(ENVIRONMENT)
+        return
     new, old = ENVIRONMENT.with_name(".venv-new"), ENVIRONMENT.with_name(".venv-old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     # Relocatable: the scripts in bin/ must find their Python after the rename.
     _run([str(UV), "venv", "--quiet", "--no-config", "--relocatable", "--python", sys.executable, str(new)])
-    python = str(new / "bin" / "python")
-    install = [str(UV), "pip", "install", "--quiet", "--python", python]
-    print("setup: installing requirements.txt (8 GB; seconds where uv has it in its cache)", flush=True)
-    _run_with_progress([*install, "--require-hashes", "-r", str(REQUIREMENTS)])
-    # Installed, though its code stays here, because SGLang finds our CPU platform through an entry point.
-    _run([*install, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
-    (new / STAMP).touch()
+    _install(new)
     if ENVIRONMENT.exists():
         ENVIRONMENT.rename(old)
     new.rename(ENVIRONMENT)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _python_version(python: str | Path) -> str:
+    try:
+        return _run([str(python), "-c", "import sys; print(sys.version)"])
+    except (OSError, SetupError):
+        return "none"
+
+
+def _install(environment: Path) -> None:
+    """Exactly what requirements.txt says, and this project."""
+    uv_pip, python = [str(UV), "pip"], ["--quiet", "--python", str(environment / "bin" / "python")]
+    print("setup: installing requirements.txt (8 GB; seconds where uv has it in its cache)", flush=True)
+    _run_with_progress([*uv_pip, "sync", *python, "--require-hashes", str(REQUIREMENTS)])
+    # Installed, though its code stays here, because SGLang finds our CPU platform through an entry point.
+    project = ["--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
+    _run([*uv_pip, "install", *python, *project])
+    (environment / STAMP).touch()
 
 
 def _run(command: list[str], **environment: str) -> str:
