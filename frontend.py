@@ -140,8 +140,8 @@ def create_app(processor_client: Client, engine_client: Client, args: FrontendAr
     async def ready() -> JSONResponse:
         """Ready: a processor and an engine are registered, so that a chat request will be answered."""
         instances = {
-            "processors": len(processor_client.instance_ids()),
-            "engines": len(engine_client.instance_ids()),
+            "processors": len(await processor_client.instance_ids()),
+            "engines": len(await engine_client.instance_ids()),
         }
         if missing := " and ".join(name for name, count in instances.items() if not count):
             raise Unavailable(f"Waiting for {missing}.")

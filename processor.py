@@ -26,7 +26,7 @@ from common.merge import merged
 from common.openai_api import ChatCompletionRequest, parse_chat_request
 from common.processor_args import ProcessorArgs, parse_processor_args
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.sampling import engine_request, remaining_request
+from common.sampling import check_logit_bias, engine_request, remaining_request
 from common.wire import (
     EngineChunk,
     EngineRequest,
@@ -59,6 +59,7 @@ class RequestHandler:
         chat = parse_chat_request(request)
         if chat.model not in self.description.models:
             raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
+        check_logit_bias(chat, self.tokenizer.vocab_size)
         token_ids = await self.tokenizer.encode_chat(chat.messages)
         choices = self._choices(chat, token_ids, request_id)
         num_unfinished = len(choices)
@@ -159,8 +160,8 @@ class Choice:
                 piece.finish_reason = data.finish_reason if text.stopped is None else "stop"
             if piece.content or piece.logprobs or piece.finish_reason:
                 yield piece
-            if piece.finish_reason:
-                return
+            if text.stopped is not None:
+                return  # the engine hears of it from its context
 
     def _with_logprobs(
         self, so_far: list[dict[str, Any]] | None, data: EngineChunk, num_tokens: int

@@ -28,6 +28,7 @@ os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
 _QUIET_PER_REQUEST = (
     "dynamo_runtime::pipeline::network::egress=warn",
     "dynamo_runtime::pipeline::network::ingress=warn",
+    "dynamo_runtime::component::client=warn",
 )
 
 

@@ -14,6 +14,7 @@
     |- InternalError 500
     |- BadUpstream 502
     |- Unavailable 503
+    |  |- Aborted
     |- DeadlineExceeded 504
 
 Knows nothing about HTTP servers: the frontend turns `status` into a response, the other two send the dict.
@@ -100,6 +101,12 @@ class Unavailable(PipelineError):
     status, code, retry_after_s = 503, "unavailable", 2
 
 
+class Aborted(Unavailable):
+    """A worker gave a request up without being asked to: another one may take it."""
+
+    code = "aborted"
+
+
 class DeadlineExceeded(PipelineError):
     status, code = 504, "deadline_exceeded"
 
@@ -108,7 +115,7 @@ _DEFAULT_CODES: dict[str | None, type[PipelineError]] = {
     error.code: error
     for error in (
         ContextLengthExceeded, ModelNotFound, RequestTooLarge, Overloaded,
-        InternalError, BadUpstream, Unavailable, DeadlineExceeded,
+        InternalError, BadUpstream, Unavailable, Aborted, DeadlineExceeded,
     )
 }  # fmt: skip
 

@@ -8,11 +8,12 @@ do, if its caller says how (`resume`).
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import Any
 
 from common.errors import BadUpstream, PipelineError, RequestTooLarge, Unavailable
 from common.runtime import Client, Context
-from common.wire import is_error, is_terminal
+from common.wire import is_aborted, is_error, is_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ MAX_ATTEMPTS = 8
 QUARANTINE_S = 3.0
 _RETRY_PAUSE_S = 0.05
 _POLL_S = 0.1
+_CLOSING_TIMEOUT_S = 1.0
 
 # The handler itself raised: it would raise again on another instance.
 _WORKER_RAISED = ("BackendInvalidArgument", "BackendUnknown")
@@ -33,6 +35,14 @@ Among = Callable[[], Awaitable[set[int]]]
 
 class _InstanceFailed(Exception):
     """The instance went away before its stream was complete."""
+
+
+async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:
+    """Let a complete stream close by itself: breaking it off would look like a cancellation to the worker."""
+    with suppress(TimeoutError, PipelineError, _InstanceFailed):
+        async with asyncio.timeout(_CLOSING_TIMEOUT_S):
+            async for _ in stream:
+                pass
 
 
 class FailoverClient:
@@ -50,11 +60,11 @@ class FailoverClient:
         self._resting: dict[int, float] = {}
         self._turn = 0
 
-    def instance_ids(self) -> list[int]:
+    async def instance_ids(self) -> list[int]:
         """The instances that would be called now."""
         now = asyncio.get_running_loop().time()
         self._resting = {instance: until for instance, until in self._resting.items() if until > now}
-        return [instance for instance in self._client.instance_ids() if instance not in self._resting]
+        return [instance for instance in await self._client.instance_ids() if instance not in self._resting]
 
     async def generate(
         self,
@@ -77,15 +87,19 @@ class FailoverClient:
         num_choices = request.get("n") or 1
         for _ in range(MAX_ATTEMPTS):
             instance_id = await self._next_instance(context, among)
+            num_finished = 0
             try:
-                num_finished = 0
-                async for chunk in self._call(request, instance_id, context):
-                    data = chunk.data()
-                    delivered.append(data)
-                    yield chunk
-                    num_finished += is_terminal(data)
-                    if num_finished == num_choices or is_error(data):
-                        return
+                async with aclosing(self._call(request, instance_id, context)) as stream:
+                    async for chunk in stream:
+                        data = chunk.data()
+                        if is_aborted(data):
+                            raise _InstanceFailed("it gave the request up")
+                        delivered.append(data)
+                        yield chunk
+                        num_finished += is_terminal(data)
+                        if num_finished == num_choices or is_error(data):
+                            await _read_to_the_end(stream)
+                            return
                 raise _InstanceFailed("its stream ended without a finish_reason")
             except _InstanceFailed as failure:
                 if context.is_stopped():
@@ -141,9 +155,9 @@ class FailoverClient:
 
     async def _candidates(self, among: Among | None) -> list[int]:
         if among is None:
-            return self.instance_ids()
+            return await self.instance_ids()
         allowed = await among()
-        return [instance for instance in self.instance_ids() if instance in allowed]
+        return [instance for instance in await self.instance_ids() if instance in allowed]
 
     def _rest(self, instance_id: int, failure: Exception) -> None:
         logger.warning("instance %x of %s failed: %s", instance_id, self._client, failure)

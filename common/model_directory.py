@@ -22,13 +22,13 @@ class ModelDirectory:
 
     async def refresh(self) -> None:
         """Forget who left etcd, ask who is new."""
-        instance_ids = self._client.instance_ids()
+        instance_ids = await self._client.instance_ids()
         if self._descriptions.keys() == set(instance_ids):
             return
         new = [instance_id for instance_id in instance_ids if instance_id not in self._descriptions]
         answers = await asyncio.gather(*(self._describe(instance_id) for instance_id in new))
         self._descriptions |= dict(zip(new, answers, strict=True))
-        for instance_id in self._descriptions.keys() - set(self._client.instance_ids()):
+        for instance_id in self._descriptions.keys() - set(await self._client.instance_ids()):
             del self._descriptions[instance_id]
 
     async def _describe(self, instance_id: int) -> ProcessorDescription | None:

@@ -51,11 +51,19 @@ class TextPart(_Strict):
     text: str
 
 
-def _content_kind(value: Any) -> str:
-    return "parts" if isinstance(value, list) else "text"
+def _string_or_list(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<string>"
 
 
-Content = Annotated[Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_content_kind)]
+Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(_string_or_list)
+]
+_StopString = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Annotated[_StopString, Tag("<string>")]
+    | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS), Tag("<list>")],
+    Discriminator(_string_or_list),
+]
 
 
 class _Message(_Strict):
@@ -133,7 +141,7 @@ class ChatCompletionRequest(_Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    stop: Stop | None = None
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     logprobs: bool = False
@@ -150,10 +158,6 @@ class ChatCompletionRequest(_Strict):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":
-        if len(self.stop_strings) > MAX_STOP_STRINGS:
-            raise ValueError(f"stop: at most {MAX_STOP_STRINGS} strings")
-        if "" in self.stop_strings:
-            raise ValueError("stop: a stop string must not be empty")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
@@ -182,18 +186,15 @@ class ChatCompletionRequest(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-_TAGS = {"system", "developer", "user", "assistant", "tool", "text", "parts"}
-
-
 def _path(location: tuple[int | str, ...]) -> str:
-    """`("messages", 0, "user", "content")` as OpenAI writes it: `messages[0].content`."""
+    """`("messages", 0, "user", "content", "<string>")` as OpenAI writes it: `messages[0].content`."""
     path = ""
     for position, step in enumerate(location):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif position + 1 < len(location) and (step in _TAGS or "[" in step or step == "str"):
-            continue  # which member of a union pydantic tried
-        elif step not in _TAGS or step == "text":
+        elif step in ("<string>", "<list>") or (position == 2 and location[0] == "messages"):
+            continue  # which member of a union it is: pydantic's, not the client's
+        else:
             path += f".{step}" if path else step
     return path
 

@@ -22,10 +22,11 @@ SAMPLING_BACKENDS = ("flashinfer", "pytorch")
 
 
 def register() -> None:
-    """Let SGLang's batches carry seeds and its samplers read them."""
+    """Let SGLang's batches carry seeds, its samplers read them, and its checks know them."""
     HookRegistry.register(
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo", SeededBatchInfo, HookType.REPLACE
     )
+    HookRegistry.register("sglang.srt.sampling.sampling_params.SamplingParams.verify", check_seed)
     for backend in SAMPLING_BACKENDS:
         register_sampler_backend(backend, SeededSampler)
 
@@ -42,6 +43,17 @@ def supports_seed(server_args: Any) -> bool:
         and server_args.speculative_algorithm is None
         and server_args.dllm_algorithm is None
     )
+
+
+def check_seed(_result: None, sampling_params: Any, _vocab_size: int) -> None:
+    """Refuse, in the process that takes requests, a seed that would kill the scheduler.
+
+    Raises:
+        ValueError: as SGLang's own checks of sampling parameters do.
+    """
+    seed = sampling_params.sampling_seed
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"sampling_seed must be an integer, got {seed!r}.")
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common.errors import InvalidRequest
 from common.openai_api import ChatCompletionRequest
 from common.wire import EngineRequest, OutputOptions, SamplingOptions, StopConditions
 
@@ -35,6 +36,18 @@ def engine_request(
         output_options=OutputOptions(stream=chat.stream or bool(chat.stop_strings), logprobs=chat.num_top_logprobs),
         request_id=request_id,
     )
+
+
+def check_logit_bias(chat: ChatCompletionRequest, vocab_size: int) -> None:
+    """Raises:
+    InvalidRequest: a token id that the model does not have.
+    """
+    for token_id in chat.logit_bias or {}:
+        if int(token_id) >= vocab_size:
+            raise InvalidRequest(
+                f"Invalid value for logit_bias: the model has {vocab_size} tokens, and {token_id} is none of them.",
+                param="logit_bias",
+            )
 
 
 def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:

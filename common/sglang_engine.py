@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from common.engine_args import keep_ports_local
-from common.errors import InvalidRequest, Unavailable
+from common.errors import Aborted, InvalidRequest
 from common.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription, OutputOptions
 
@@ -67,7 +67,7 @@ class SGLangEngine:
 
         Raises:
             InvalidRequest: SGLang does not take these parameters.
-            Unavailable: the request was aborted, by us or because SGLang is going down.
+            Aborted: the request was aborted, by us or because SGLang is going down.
         """
         call = {
             "input_ids": token_ids,
@@ -94,5 +94,5 @@ class SGLangEngine:
 def _checked(output: Output) -> Output:
     finish_reason = output["meta_info"]["finish_reason"]
     if finish_reason and finish_reason["type"] == "abort":
-        raise Unavailable("The engine aborted the request.")
+        raise Aborted("The engine aborted the request.")
     return output

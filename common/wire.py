@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from common.errors import BadUpstream, InvalidRequest, from_wire
+from common.errors import Aborted, BadUpstream, InvalidRequest, from_wire
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length"]
@@ -168,3 +168,8 @@ def is_terminal(data: Any) -> bool:
 def is_error(data: Any) -> bool:
     """Does this dict end a whole stream, whatever its other choices were doing?"""
     return isinstance(data, dict) and data.get("error") is not None
+
+
+def is_aborted(data: Any) -> bool:
+    """Did the worker give up without being asked to?"""
+    return is_error(data) and isinstance(from_wire(data["error"]), Aborted)

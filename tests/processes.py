@@ -1,0 +1,224 @@
+"""Real servers and real scripts for tests: each on a free port of loopback, each stopped by who started it."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+MODEL = "models/SmolLM2-135M-Instruct"
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:
+    """Poll until true; returns the seconds it took."""
+    started = time.monotonic()
+    while not condition():
+        if time.monotonic() - started > timeout_s:
+            raise TimeoutError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.05)
+    return time.monotonic() - started
+
+
+def accepts(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+@dataclass
+class Process:
+    """One child in a process group of its own, with its output in a file."""
+
+    name: str
+    command: Sequence[str]
+    log_path: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    popen: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> "Process":
+        with self.log_path.open("ab") as log:
+            self.popen = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env={**os.environ, **self.env},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def running(self) -> "subprocess.Popen[bytes]":
+        assert self.popen is not None, f"{self.name} was not started"
+        return self.popen
+
+    @property
+    def pid(self) -> int:
+        return self.running.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self.popen is not None and self.popen.poll() is None
+
+    @property
+    def log(self) -> str:
+        return _ANSI.sub("", self.log_path.read_text(errors="replace")) if self.log_path.exists() else ""
+
+    def terminate(self, timeout_s: float = 30) -> int:
+        """SIGTERM, then the exit code."""
+        self.running.send_signal(signal.SIGTERM)
+        return self.running.wait(timeout_s)
+
+    def kill(self) -> None:
+        """SIGKILL for it and its children."""
+        if self.popen is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+            self.popen.wait(10)
+
+    def stop(self) -> None:
+        if self.is_alive:
+            self.running.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.running.wait(10)
+        self.kill()
+
+
+class Infra:
+    """nats-server and etcd from their wheels."""
+
+    def __init__(self, folder: Path, *, nats_args: Sequence[str] = (), etcd_args: Sequence[str] = ()) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.nats_port, self.etcd_port, self.peer_port = free_port(), free_port(), free_port()
+        nats_command = [
+            str(BIN / "nats-server"), "-a", "127.0.0.1", "-p", str(self.nats_port),
+            "-js", "-sd", str(folder / "jetstream"), *nats_args,
+        ]  # fmt: skip
+        self.nats = Process("nats", nats_command, folder / "nats.log")
+        self.etcd_args = etcd_args
+        self.etcd = self._etcd("etcd-data")
+
+    def _etcd(self, data: str) -> Process:
+        client, peer = f"http://127.0.0.1:{self.etcd_port}", f"http://127.0.0.1:{self.peer_port}"
+        command = [
+            str(BIN / "etcd"), "--data-dir", str(self.folder / data), "--log-level", "warn",
+            "--listen-client-urls", client, "--advertise-client-urls", client,
+            "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+            "--initial-cluster", f"default={peer}", "--unsafe-no-fsync", *self.etcd_args,
+        ]  # fmt: skip
+        return Process("etcd", command, self.folder / "etcd.log")
+
+    def forget(self) -> None:
+        """The next etcd starts with an empty store."""
+        self.etcd = self._etcd(f"etcd-data-{free_port()}")
+
+    def start(self) -> "Infra":
+        self.nats.start()
+        self.etcd.start()
+        wait_until(lambda: accepts(self.nats_port) and accepts(self.etcd_port), 20, "nats and etcd")
+        return self
+
+    def stop(self) -> None:
+        self.nats.kill()
+        self.etcd.kill()
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "NATS_SERVER": f"nats://127.0.0.1:{self.nats_port}",
+            "ETCD_ENDPOINTS": f"http://127.0.0.1:{self.etcd_port}",
+        }
+
+    def etcdctl(self, *args: str) -> str:
+        command = [str(BIN / "etcdctl"), "--endpoints", f"127.0.0.1:{self.etcd_port}", *args]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, env={**os.environ, "ETCDCTL_API": "3"}
+        )
+        return done.stdout
+
+    def instance_keys(self) -> list[str]:
+        """The keys of all registered instances."""
+        lines = self.etcdctl("get", "--prefix", "", "--keys-only").splitlines()
+        return [line for line in lines if "instances/" in line]
+
+
+class Pipeline:
+    """Scripts on one infra. Each started process is stopped at the end, whatever happened."""
+
+    def __init__(self, infra: Infra, folder: Path, *, env: Mapping[str, str] | None = None) -> None:
+        self.infra = infra
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.env = {**infra.env, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        self.processes: list[Process] = []
+        self.http_port = free_port()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def script(self, name: str, *args: str, env: Mapping[str, str] | None = None) -> Process:
+        log_path = self.folder / f"{len(self.processes)}-{Path(name).stem}.log"
+        process = Process(name, [sys.executable, name, *args], log_path, {**self.env, **(env or {})})
+        self.processes.append(process)
+        return process.start()
+
+    def frontend(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
+        return self.script("frontend.py", "--port", str(self.http_port), *args, env=env)
+
+    def processor(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
+        return self.script("processor.py", "--model", MODEL, *args, env=env)
+
+    def engine(self, *args: str) -> Process:
+        return self.script("engine.py", "--model-path", MODEL, *args)
+
+    def fake_engine(self, *args: str, token_ids: Sequence[int] = tuple(range(1000, 1100))) -> Process:
+        return self.script("tests/fake_engine.py", "--token-ids", ",".join(map(str, token_ids)), *args)
+
+    def wait_ready(self, timeout_s: float = 60, *, processors: int = 1, engines: int = 1) -> float:
+        def is_ready() -> bool:
+            for process in self.processes:
+                if not process.is_alive and process.popen is not None and process.popen.poll() not in (0, -9, -15):
+                    raise RuntimeError(f"{process.name} ended:\n{process.log[-3000:]}")
+            try:
+                answer = httpx.get(f"{self.url}/ready", timeout=2)
+            except httpx.HTTPError:
+                return False
+            body = answer.json()
+            return answer.status_code == 200 and body["processors"] >= processors and body["engines"] >= engines
+
+        return wait_until(is_ready, timeout_s, "the pipeline to be ready")
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {process.name}\n{process.log[-4000:]}" for process in self.processes)
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.stop()
+
+
+@contextlib.contextmanager
+def running(thing: "Infra | Pipeline") -> Iterator[None]:
+    try:
+        yield
+    finally:
+        thing.stop()
