@@ -11,6 +11,8 @@ PYTHON ?= $(firstword $(foreach python,$(PYTHON_CANDIDATES),\
 	$(shell $(python) -c '$(IS_SUPPORTED)' 2>/dev/null && echo $(python))))
 
 VENV_PYTHON := .venv/bin/python
+DATA_DIR ?= .data
+SUPERVISORCTL := $(VENV_PYTHON) -m supervisor.supervisorctl -c $(DATA_DIR)/run/supervisord.conf
 
 help:
 	@echo 'make setup       .venv with everything pinned in requirements.txt (10 GB of disk, about a minute)'
@@ -53,10 +55,10 @@ run: model
 	@$(VENV_PYTHON) -m launch.run
 
 restart-%:
-	@$(VENV_PYTHON) -m supervisor.supervisorctl -c .data/run/supervisord.conf restart $*
+	@$(SUPERVISORCTL) restart $*
 
 status:
-	@$(VENV_PYTHON) -m supervisor.supervisorctl -c .data/run/supervisord.conf status || true
+	@$(SUPERVISORCTL) status || true
 
 test: model
 	@$(VENV_PYTHON) -m pytest

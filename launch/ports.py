@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 import psutil
 
+from launch.command import LaunchError
 from launch.settings import LOOPBACK, Port
 
 
-class PortTaken(Exception):
+class PortTaken(LaunchError):
     """Somebody listens where we must; the message says who and what to do."""
 
 

@@ -6,20 +6,18 @@ import argparse
 import http.client
 import json
 import os
-import re
 import sys
 import time
 import urllib.error
-from pathlib import Path
 
-from common.servers import ServersMissing
-from launch.first_question import WrongAnswer, ask, curl_command, etcdctl_command, instances
+from launch.command import LaunchError, run_command
+from launch.engine_log import current_phase
+from launch.first_question import ask, curl_command, etcdctl_command, instances
 from launch.infra import local_opener, own_ports, require_given_servers, server_programs, wait_for_own_servers
 from launch.logs import last_lines
 from launch.model import ROOT
-from launch.ports import PortTaken, require_free
-from launch.settings import LOOPBACK, Settings, SettingsError
-from launch.signals import stop_on_signals
+from launch.ports import require_free
+from launch.settings import LOOPBACK, Settings
 from launch.supervisor import Supervisor, SupervisorError
 from launch.supervisor_config import Program
 from launch.watch import watch
@@ -30,33 +28,11 @@ PROGRESS_INTERVAL_S = 5.0
 MAX_PROGRESS_WIDTH = 110
 NUM_LINES_OF_PHASE = 50
 
-# What a line of SGLang 0.5.16's log says that it does next, for a reader who waits.
-ENGINE_PHASES = (
-    ("serving inference/engine/generate", "registered"),
-    ("KV Cache is allocated", "starting to serve"),
-    ("Capture cuda graph begin", "capturing CUDA graphs"),
-    ("Load weight end", "allocating the KV cache"),
-    ("Load weight begin", "loading the weights"),
-    ("Init torch distributed", "its scheduler builds the model"),
-    ("server_args=ServerArgs", "starting SGLang's scheduler"),
-    ("platform plugin activated", "no GPU here: SGLang on PyTorch's own operators"),
-)
-PROGRESS_BAR = re.compile(r"\d+%[ |].*\d+/\d+")
-
 
 def main() -> int:
-    """Exit status 0 when stopped by a signal, or with RUN_ONCE=1 after a right answer; else 1 and one line."""
+    """`python -m launch.run`, behind `make run`."""
     argparse.ArgumentParser(prog="python -m launch.run", description=__doc__).parse_args()
-    stop_on_signals()
-    try:
-        run(Settings.from_environ(os.environ))
-    except (SettingsError, PortTaken, ServersMissing, SupervisorError, WrongAnswer) as error:
-        print(f"run: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("run: stopped", flush=True)
-        return 0
-    return 0
+    return run_command("run", lambda: run(Settings.from_environ(os.environ)))
 
 
 def run(settings: Settings) -> None:
@@ -73,9 +49,11 @@ def run(settings: Settings) -> None:
             show_answer(settings)
             if not settings.is_run_once:
                 show_what_next(settings)
-                watch(supervisor, shown=COMPONENTS)
+                watch(supervisor, COMPONENTS)
         except KeyboardInterrupt:
             say("stopping; streams get time to finish, Ctrl-C once more ends them")
+            if settings.is_run_once:
+                raise LaunchError("stopped before it was done") from None
             raise
 
 
@@ -112,7 +90,7 @@ def wait_until_ready(supervisor: Supervisor, settings: Settings) -> None:
             raise SupervisorError(_not_ready(supervisor, settings, missing))
         if now - shown_at >= PROGRESS_INTERVAL_S:
             shown_at = now
-            phase = engine_phase(supervisor.log_file("engine"))
+            phase = current_phase(last_lines(supervisor.log_file("engine"), NUM_LINES_OF_PHASE))
             say(f"{now - started_at:4.0f} s  {missing} The engine: {phase}"[:MAX_PROGRESS_WIDTH])
         time.sleep(POLL_S)
     say(f"{time.monotonic() - started_at:4.0f} s  ready: frontend, processor and engine reach each other")
@@ -136,17 +114,6 @@ def _error_message(response: urllib.error.HTTPError) -> str:
         return str(json.loads(response.read())["error"]["message"])
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
         return f"/ready says {response.code}."
-
-
-def engine_phase(log: Path) -> str:
-    """What the engine is doing, from the last line of its log that tells."""
-    for line in reversed(last_lines(log, NUM_LINES_OF_PHASE)):
-        if PROGRESS_BAR.search(line):  # of a download, or of the weights
-            return line.strip()
-        for marker, phase in ENGINE_PHASES:
-            if marker in line:
-                return phase
-    return "importing SGLang"
 
 
 def _not_ready(supervisor: Supervisor, settings: Settings, missing: str) -> str:
@@ -177,9 +144,9 @@ def show_answer(settings: Settings) -> None:
 def show_what_next(settings: Settings) -> None:
     """How to talk to it, look into it, and stop it."""
     say(f"the pipeline stays up at {settings.frontend_url}; its own docs are at {settings.frontend_url}/docs")
-    say("ask again with the curl above (etcdctl is in .venv/bin)")
+    say("ask again with the curl above, from another terminal")
     say("change engine.py and `make restart-engine`: the others go on; also -processor, -frontend")
-    say("Ctrl-C stops everything. New log lines follow")
+    say("Ctrl-C stops everything. What happens meanwhile:")
 
 
 def say(line: str) -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from launch.command import LaunchError
 from launch.model import EMBEDDED_MODEL, ROOT
 
 LOOPBACK = "127.0.0.1"
 
 
-class SettingsError(Exception):
+class SettingsError(LaunchError):
     """A variable holds something that cannot be; the message names it."""
 
 

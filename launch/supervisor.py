@@ -28,6 +28,7 @@ from typing import Any, Self
 import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
+from launch.command import LaunchError
 from launch.logs import LogTail, last_lines
 from launch.supervisor_config import DRAIN_S, Program, config_text, logs_folder, socket_file
 
@@ -38,7 +39,7 @@ PR_SET_PDEATHSIG = 1
 _EVENT = re.compile(r" (?P<event>(?P<kind>exited|spawned|stopped|success|gave up): '?(?P<name>[\w-]+).*)$")
 
 
-class SupervisorError(Exception):
+class SupervisorError(LaunchError):
     """supervisord or a program under it cannot run; the message says why."""
 
 

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 
+from launch.engine_log import phase_of
 from launch.logs import LogTail
 from launch.supervisor import Supervisor
 
 POLL_S = 0.5
-ROUTINE = ("Prefill batch", "Decode batch")
-"""SGLang's lines about each batch stay in its log."""
+MAX_LINE_WIDTH = 200
+SHOWN = re.compile(r" ERROR |Traceback|: (request|serving|waiting for|stopping|left etcd)\b")
+"""The components' own lines about requests and about themselves; SGLang's and Dynamo's stay in the logs."""
 
 
-def watch(supervisor: Supervisor, shown: Sequence[str] = ()) -> None:
-    """Print what is new until a KeyboardInterrupt ends it: lines of the programs in `shown`, deaths of any.
+def watch(supervisor: Supervisor, components: Sequence[str] = ()) -> None:
+    """Print what is new until a KeyboardInterrupt ends it: what components do, and deaths of any program.
 
     Raises:
         SupervisorError: supervisord is gone.
     """
-    tails = {name: LogTail(supervisor.log_file(name)) for name in shown}
+    tails = {name: LogTail(supervisor.log_file(name)) for name in components}
     for tail in tails.values():
         tail.new_lines()
     supervisor.events()
-    width = max((len(name) for name in shown), default=0)
     while True:
         for event in supervisor.events():
             if text := in_words(event):
                 print(f"supervisor: {text}", flush=True)
         for name, tail in tails.items():
             for line in tail.new_lines():
-                if not any(routine in line for routine in ROUTINE):
-                    print(f"{name:{width}} | {line}", flush=True)
+                if text := worth_showing(name, line):
+                    print(f"{name}: {text}"[:MAX_LINE_WIDTH], flush=True)
         supervisor.states()
         time.sleep(POLL_S)
+
+
+def worth_showing(name: str, line: str) -> str | None:
+    """A line of a component's log as it is shown, or None."""
+    if SHOWN.search(line):
+        return line
+    return phase_of(line) if name == "engine" else None
 
 
 def in_words(event: str) -> str | None:
