@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import torch
+import torch._dynamo
 from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.platforms.cpu import CpuSRTPlatform
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -64,4 +65,8 @@ class CpuTorchNativePlatform(CpuSRTPlatform):  # type: ignore[misc]
         return SingleTokenPageAllocator
 
     def init_backend(self) -> None:
-        """Nothing to initialise."""
+        """Run the few functions that SGLang compiles (repetition penalties) as they are written.
+
+        Compiling takes half a minute, within a request, and a C++ compiler.
+        """
+        torch._dynamo.config.disable = True

@@ -26,9 +26,9 @@ token ids out.
   --model-path MODEL  a folder, or a name on the Hugging Face hub
   -h, --help          this text, then SGLang's own options (after about ten seconds)
 
-Chosen here, whatever is given: --skip-tokenizer-init (the processor owns the tokenizer) and
---incremental-streaming-output. Chosen unless given: --log-level warning. Without a GPU also,
-unless given: --device cpu, --disable-overlap-schedule, --grammar-backend llguidance,
+Chosen here, whatever is given: --skip-tokenizer-init (the processor owns the tokenizer), and
+no --incremental-streaming-output. Chosen unless given: --log-level warning. Without a GPU
+also, unless given: --device cpu, --disable-overlap-schedule, --grammar-backend llguidance,
 --sleep-on-idle, --max-total-tokens 32768, --mem-fraction-static 0.5. CUDA_VISIBLE_DEVICES=""
 hides the GPUs of a machine that has some.
 
@@ -36,7 +36,8 @@ The environment variables NATS_SERVER, ETCD_ENDPOINTS and DYN_LOG mean what they
 everywhere in Dynamo.
 """
 
-REQUIRED_SETTINGS = {"skip_tokenizer_init": True, "incremental_streaming_output": True}
+# The engine reads items that hold the whole answer so far, and sends on what is new in them.
+REQUIRED_SETTINGS = {"skip_tokenizer_init": True, "incremental_streaming_output": False}
 DEFAULTS = {"log_level": "warning"}
 # 32768 tokens: four full contexts of 8192, 0.75 GB for SmolLM2-135M. Memory is touched as it is used.
 CPU_DEFAULTS = {
@@ -47,6 +48,8 @@ CPU_DEFAULTS = {
     "max_total_tokens": 32768,
     "mem_fraction_static": 0.5,
 }
+# SGLang follows a dead scheduler into death; first it would wait 5 s, requests and event loop with it.
+ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0"}
 
 
 def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
@@ -63,6 +66,8 @@ def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
 
     from common.cpu_platform import activate
 
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     load_plugins()  # some may hook ServerArgs
     parser = argparse.ArgumentParser(prog=PROG, usage=USAGE)
     ServerArgs.add_cli_args(parser)
