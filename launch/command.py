@@ -1,4 +1,4 @@
-"""How `make infra` and `make run` end: by which signals, with which last line and exit status."""
+"""How a launch ends: by which signals, with which last line and exit status."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ class LaunchError(Exception):
     SettingsError     a variable holds something that cannot be
     PortTaken         somebody listens where we must
     SupervisorError   supervisord or a program under it does not run
+    ModelError        the embedded model cannot be made
     WrongAnswer       everything runs, and does not do what the chapter says
     """
 
 
-def run_command(name: str, launch: Callable[[], None]) -> int:
-    """Run until it is done or stopped. Exit status 0 for both, else 1 and the reason on stderr."""
+def run_command(name: str, launch: Callable[[], None], *, status_when_stopped: int = 0) -> int:
+    """Run until it is done or stopped. Exit status 1 and the reason on stderr where it cannot."""
     stop_on_signals()
     try:
         launch()
     except KeyboardInterrupt:
         _say(f"{name}: stopped", file=sys.stdout)
+        return status_when_stopped
     except (LaunchError, ServersMissing, OSError) as error:  # OSError: a full disk, or a closed terminal
         _say(f"{name}: {error}", file=sys.stderr)
         return 1

@@ -7,35 +7,32 @@ program alone, not to its children: an engine that drains still needs its schedu
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import http.client
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import xmlrpc.client
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 from supervisor.xmlrpc import SupervisorTransport
 
 from launch.command import LaunchError
 from launch.logs import LogTail, last_lines
+from launch.processes import descendants, die_with_parent, kill, session
 from launch.supervisor_config import DRAIN_S, Program, config_text, logs_folder, socket_file
 
 START_S = 20
 MAX_DEATHS = 3
 NUM_LINES_OF_CULPRIT = 25
-PR_SET_PDEATHSIG = 1
 _EVENT = re.compile(r" (?P<event>(?P<kind>exited|spawned|stopped|success|gave up): '?(?P<name>[\w-]+).*)$")
 
 
@@ -111,7 +108,7 @@ class Supervisor:
                 stderr=file,
                 env=self._environ,
                 start_new_session=True,  # Ctrl-C is ours alone: we decide who stops when
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         exits.callback(self._stop, process)
         deadline = time.monotonic() + START_S
@@ -168,15 +165,15 @@ class Supervisor:
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """A second Ctrl-C while this waits ends the patience with programs that drain."""
-        family = _descendants(process.pid)
+        family = descendants(process.pid)
         try:
             process.terminate()
             process.wait(DRAIN_S * len(self.programs) + 10)
         except subprocess.TimeoutExpired:
             pass
         finally:
-            for straggler in family | _session(process.pid):
-                _kill(straggler)
+            for straggler in family | session(process.pid):
+                kill(straggler)
             process.wait()
             self._socket_file.unlink(missing_ok=True)
 
@@ -201,33 +198,3 @@ def lock(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def _die_with_parent() -> None:
-    """A kill -9 of the launcher stops supervisord, which stops the programs."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _descendants(pid: int) -> set[psutil.Process]:
-    try:
-        return set(psutil.Process(pid).children(recursive=True))
-    except psutil.Error:
-        return set()
-
-
-def _session(session_id: int) -> set[psutil.Process]:
-    """Whoever was started in supervisord's session, though its parent may be gone."""
-    return {process for process in psutil.process_iter() if _session_of(process.pid) == session_id}
-
-
-def _session_of(pid: int) -> int | None:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return None
-
-
-def _kill(process: psutil.Process) -> None:
-    """psutil compares the start time: a process that is gone, its pid in use again, is left alone."""
-    with suppress(psutil.Error):
-        process.kill()
