@@ -49,7 +49,7 @@ CPU_DEFAULTS = {
     "mem_fraction_static": 0.5,
 }
 # SGLang follows a dead scheduler into death; first it would wait 5 s, requests and event loop with it.
-ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0"}
+ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
 
 
 def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
