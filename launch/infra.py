@@ -29,7 +29,7 @@ DEFAULT_SERVERS = ("nats://127.0.0.1:4222", "http://127.0.0.1:2379")
 """What Dynamo looks for where no variable says otherwise."""
 
 START_S = 30.0
-GIVEN_SERVER_S = 3.0
+GIVEN_SERVER_S = 2.0
 POLL_S = 0.1
 
 NATS_CONFIG = """\

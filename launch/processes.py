@@ -10,6 +10,7 @@ from contextlib import suppress
 import psutil
 
 PR_SET_PDEATHSIG = 1
+KILL_S = 5
 
 
 def die_with_parent() -> None:
@@ -36,7 +37,9 @@ def _session_of(pid: int) -> int | None:
         return None
 
 
-def kill(process: psutil.Process) -> None:
-    """psutil compares the start time: a process that is gone, its pid in use again, is left alone."""
-    with suppress(psutil.Error):
-        process.kill()
+def kill(processes: set[psutil.Process]) -> None:
+    """Return once they are gone. One whose pid is in use again is left alone: psutil compares start times."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(processes, timeout=KILL_S)

@@ -106,6 +106,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
+                cwd=self.folder,
                 env=self._environ,
                 start_new_session=True,  # Ctrl-C is ours alone: we decide who stops when
                 preexec_fn=die_with_parent,
@@ -129,9 +130,9 @@ class Supervisor:
             SupervisorError: it is not there.
         """
         transport = SupervisorTransport(None, None, f"unix://{self._socket_file}")
-        server: Any = xmlrpc.client.ServerProxy("http://localhost", transport=transport)
         try:
-            found = server.supervisor.getAllProcessInfo()
+            with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
+                found: Any = server.supervisor.getAllProcessInfo()
         except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
             raise SupervisorError(f"supervisord does not answer: {error}") from error
         return {
@@ -172,8 +173,7 @@ class Supervisor:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            for straggler in family | session(process.pid):
-                kill(straggler)
+            kill(family | session(process.pid))
             process.wait()
             self._socket_file.unlink(missing_ok=True)
 

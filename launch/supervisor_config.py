@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+LOGS = "logs"
 DRAIN_S = 40
 """How long a program may take to end by itself after SIGTERM."""
 
@@ -31,7 +32,7 @@ class Program:
 
 
 def logs_folder(folder: Path) -> Path:
-    return folder / "logs"
+    return folder / LOGS
 
 
 def socket_file(folder: Path) -> Path:
@@ -44,14 +45,13 @@ def socket_file(folder: Path) -> Path:
 
 
 def config_text(folder: Path, programs: Sequence[Program], directory: Path) -> str:
-    """What supervisord and supervisorctl read; the programs run in `directory`."""
+    """What supervisord, started in `folder`, and supervisorctl read; the programs run in `directory`."""
     config = configparser.RawConfigParser()
     socket = _literal(str(socket_file(folder)))
     config["supervisord"] = {
-        "logfile": _literal(str(logs_folder(folder) / "supervisord.log")),
-        "pidfile": _literal(str(folder / "supervisord.pid")),
-        "childlogdir": _literal(str(logs_folder(folder))),
-        "directory": _literal(str(directory)),
+        "logfile": f"{LOGS}/supervisord.log",
+        "pidfile": "supervisord.pid",
+        "childlogdir": LOGS,
         "nodaemon": "true",
         "silent": "true",
         "minfds": "256",
@@ -64,15 +64,16 @@ def config_text(folder: Path, programs: Sequence[Program], directory: Path) -> s
         "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
     }
     for program in programs:
-        config[f"program:{program.name}"] = _program_section(folder, program)
+        config[f"program:{program.name}"] = _program_section(program, directory)
     text = io.StringIO()
     config.write(text)
     return text.getvalue()
 
 
-def _program_section(folder: Path, program: Program) -> dict[str, str]:
+def _program_section(program: Program, directory: Path) -> dict[str, str]:
     return {
         "command": _literal(shlex.join(program.command)),
+        "directory": _literal(str(directory)),
         "priority": str(program.priority),
         "autorestart": "true",
         "startsecs": str(SECONDS_TO_COUNT_AS_STARTED),
@@ -83,7 +84,7 @@ def _program_section(folder: Path, program: Program) -> dict[str, str]:
         "stopasgroup": "false",
         "killasgroup": "true",
         "redirect_stderr": "true",
-        "stdout_logfile": _literal(str(logs_folder(folder) / f"{program.name}.log")),
+        "stdout_logfile": f"{LOGS}/{program.name}.log",
         "stdout_logfile_maxbytes": "20MB",
         "stdout_logfile_backups": "1",
     }
