@@ -31,11 +31,13 @@ from common.http_request_id import HEADER, RequestId
 from common.http_server import serve_http
 from common.model_directory import ModelDirectory
 from common.openai_api import ChatCompletionRequest, parse_chat_request
+from common.openapi import install_openapi
 from common.runtime import Client, Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.wire import ProcessorChunk, read_processor_chunk
 
 logger = logging.getLogger("frontend")
 
+GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -100,11 +102,12 @@ class RequestHandler:
                 among=lambda: self.models.instances_for(chat.model),
                 start_over=answer.start_over if answer else None,
             )
-            async for chunk in response_stream:
-                data = read_processor_chunk(chunk.data())
-                if data.index >= chat.n:
-                    raise BadUpstream("The processor answered a choice that nobody asked for.")
-                yield data
+            async with aclosing(response_stream):
+                async for chunk in response_stream:
+                    data = read_processor_chunk(chunk.data())
+                    if data.index >= chat.n:
+                        raise BadUpstream("The processor answered a choice that nobody asked for.")
+                    yield data
             if context.is_stopped():
                 raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:.0f} seconds.")
         finally:
@@ -116,27 +119,28 @@ def create_app(processor_client: Client, engine_client: Client, args: FrontendAr
     """The HTTP side as an ASGI app. `engine_client` is only asked whether an engine is there."""
     models = ModelDirectory(processor_client)
     handler = RequestHandler(FailoverClient(processor_client, wait_s=args.processor_wait_s), models, args)
-    app = FastAPI(title="Chat completions on Dynamo", version="1.0")
+    app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", handler.chat_completions, methods=["POST"])
     install_error_handlers(app)
+    install_openapi(app, is_key_required=bool(args.api_keys))
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=GET)
     async def list_models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": models_json((await models.models()).items())})
 
-    @app.get("/v1/models/{model:path}")
+    @app.api_route("/v1/models/{model:path}", methods=GET)
     async def retrieve_model(model: str) -> JSONResponse:
         known = await models.models()
         if model not in known:
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
         return JSONResponse(models_json([(model, known[model])])[0])
 
-    @app.get("/health")
+    @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:
         """Alive: this process answers."""
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=GET)
     async def ready() -> JSONResponse:
         """Ready: a processor and an engine are registered, so that a chat request will be answered."""
         instances = {

@@ -3,16 +3,19 @@
 Anything not named here is refused by name, unless it has the value that changes nothing (`NO_OPS`, or null).
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from common.errors import InvalidRequest
+from common.strict_model import IGNORED, StrictModel, absent, any_of, present
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 4
+MAX_BIASED_TOKENS = 1024
 
-# Fields of OpenAI's that have no effect here, with the values that ask for none. Any value is fine for `...`.
+# Fields of OpenAI's that have no effect here, with the values that ask for none.
 NO_OPS: dict[str, Any] = {
     "modalities": (["text"],),
     "tools": ([],),
@@ -22,31 +25,16 @@ NO_OPS: dict[str, Any] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "store": (False,),
-    "service_tier": ...,
-    "prompt_cache_key": ...,
-    "prompt_cache_retention": ...,
-    "safety_identifier": ...,
+    "service_tier": IGNORED,
+    "prompt_cache_key": IGNORED,
+    "prompt_cache_retention": IGNORED,
+    "safety_identifier": IGNORED,
 }
-_IGNORED_IN_MESSAGES: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],)}
+_NO_OPS_IN_MESSAGES: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],)}
+_TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
 
 
-def _without_no_ops(data: Any, no_ops: dict[str, Any]) -> Any:
-    if not isinstance(data, dict):
-        return data
-    return {
-        name: value
-        for name, value in data.items()
-        if value is not None and not (name in no_ops and (no_ops[name] is ... or value in no_ops[name]))
-    }
-
-
-class _Strict(BaseModel):
-    """JSON types are taken as they are (no "5" for 5), and a name we do not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextPart(_Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
@@ -58,6 +46,10 @@ def _string_or_list(value: Any) -> str:
 Content = Annotated[
     Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(_string_or_list)
 ]
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),
+]
 _StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
     Annotated[_StopString, Tag("<string>")]
@@ -66,13 +58,9 @@ Stop = Annotated[
 ]
 
 
-class _Message(_Strict):
+class _Message(StrictModel):
+    no_ops = _NO_OPS_IN_MESSAGES
     name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_no_ops(cls, data: Any) -> Any:
-        return _without_no_ops(data, _IGNORED_IN_MESSAGES)
 
 
 class SystemMessage(_Message):
@@ -85,12 +73,12 @@ class UserMessage(_Message):
     content: Content
 
 
-class FunctionCall(_Strict):
+class FunctionCall(StrictModel):
     name: str
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(StrictModel):
     id: str
     type: Literal["function"]
     function: FunctionCall
@@ -99,6 +87,7 @@ class ToolCall(_Strict):
 class AssistantMessage(_Message):
     """`content` may be missing where the assistant called tools."""
 
+    rules: ClassVar = [any_of(present("content"), present("refusal"), present("tool_calls", minItems=1))]
     role: Literal["assistant"]
     content: Content | None = None
     refusal: str | None = None
@@ -120,18 +109,25 @@ class ToolMessage(_Message):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(StrictModel):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class ChatCompletionRequest(_Strict):
+class ChatCompletionRequest(StrictModel):
     """The body of POST /v1/chat/completions. Null is the same as leaving a field out."""
 
-    model: str = Field(min_length=1)
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    no_ops = NO_OPS
+    rules: ClassVar = [
+        any_of(absent("top_logprobs"), present("logprobs", const=True)),
+        any_of(absent("stream_options"), present("stream", const=True)),
+    ]
+    model: str = Field(min_length=1, description="One that GET /v1/models lists; any other is a 404.")
+    messages: list[Message] = Field(
+        min_length=1, description="What the model's chat template or its context has no room for is a 400."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="The prompt's tokens and these must fit into the context.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=2**30)
@@ -140,7 +136,7 @@ class ChatCompletionRequest(_Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: LogitBias | None = Field(None, description="By token id; one that the model does not have is a 400.")
     stop: Stop | None = None
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=MAX_CHOICES)
@@ -151,18 +147,13 @@ class ChatCompletionRequest(_Strict):
     user: str | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_no_ops(cls, data: Any) -> Any:
-        return _without_no_ops(data, NO_OPS)
-
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
-        if any(not token_id.isascii() or not token_id.isdigit() for token_id in self.logit_bias or {}):
+        if not all(re.fullmatch(_TOKEN_ID, token_id) for token_id in self.logit_bias or {}):
             raise ValueError("logit_bias: the keys must be token ids")
         return self
 
