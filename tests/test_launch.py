@@ -375,7 +375,7 @@ class FakeFrontend(BaseHTTPRequestHandler):
 @pytest.fixture
 def frontend_settings(tmp_path: Path) -> Iterator[Settings]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeFrontend)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield Settings.from_environ({"HTTP_PORT": str(server.server_port), "MODEL": "it's a model"})
