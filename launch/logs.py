@@ -40,5 +40,10 @@ def last_lines(file: Path, num_lines: int) -> list[str]:
     return [line for line in map(_clean, lines) if line][-num_lines:]
 
 
+def shown(path: Path) -> Path:
+    """As somebody in the checkout would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def _clean(line: bytes) -> str:
     return _COLOURS.sub("", line.decode(errors="replace")).rstrip()

@@ -14,7 +14,7 @@ from launch.command import LaunchError, run_command
 from launch.engine_log import current_phase
 from launch.first_question import ask, curl_command, etcdctl_command, instances
 from launch.infra import local_opener, own_ports, require_given_servers, server_programs, wait_for_own_servers
-from launch.logs import last_lines
+from launch.logs import last_lines, shown
 from launch.model import ROOT
 from launch.ports import require_free
 from launch.settings import LOOPBACK, Settings
@@ -43,7 +43,7 @@ def run(settings: Settings) -> None:
     programs = [*server_programs(settings, folder), *component_programs(settings)]
     with Supervisor(folder, programs, environ=component_environ(settings), directory=ROOT) as supervisor:
         try:
-            say(f"starting {', '.join(program.name for program in programs)}; logs in {folder}/logs")
+            say(f"starting {', '.join(program.name for program in programs)}; logs in {shown(folder)}/logs")
             wait_for_own_servers(supervisor, settings)
             wait_until_ready(supervisor, settings)
             show_answer(settings)

@@ -26,7 +26,7 @@ from typing import Any, Self
 from supervisor.xmlrpc import SupervisorTransport
 
 from launch.command import LaunchError
-from launch.logs import LogTail, last_lines
+from launch.logs import LogTail, last_lines, shown
 from launch.processes import descendants, die_with_parent, kill, session
 from launch.supervisor_config import DRAIN_S, Program, config_text, logs_folder, socket_file
 
@@ -162,7 +162,7 @@ class Supervisor:
             if state.is_given_up or self.num_deaths[name] >= MAX_DEATHS:
                 end = "".join(f"\n  {line}" for line in last_lines(self.log_file(name), NUM_LINES_OF_CULPRIT))
                 why = f": {state.spawn_error}" if state.spawn_error else ""
-                raise SupervisorError(f"{name} keeps dying{why}. The end of {self.log_file(name)}:{end}")
+                raise SupervisorError(f"{name} keeps dying{why}. The end of {shown(self.log_file(name))}:{end}")
 
     def _stop(self, process: subprocess.Popen[bytes]) -> None:
         """A second Ctrl-C while this waits ends the patience with programs that drain."""
@@ -191,7 +191,7 @@ def lock(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise SupervisorError(
-                f"{folder} is in use by another launch (pid {file.read().strip()}): stop it,"
+                f"{shown(folder)} is in use by another launch (pid {file.read().strip()}): stop it,"
                 " or give this one a folder with DATA_DIR and ports of its own"
             ) from None
         file.truncate(0)
