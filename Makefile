@@ -64,7 +64,7 @@ test: model
 	@$(VENV_PYTHON) -m pytest
 
 test-quick: setup
-	@$(VENV_PYTHON) -m pytest -m 'not pipeline'
+	@$(VENV_PYTHON) -m pytest -m 'not pipeline and not slow'
 
 check: setup
 	@$(VENV_PYTHON) -m ruff check .
