@@ -15,7 +15,6 @@ from typing import Any
 
 import uvloop
 
-from common.cancellation import child_context
 from common.chat_tokenizer import ChatTokenizer
 from common.detokenizer import detokenize
 from common.errors import BadUpstream, ModelNotFound, answers_errors
@@ -117,8 +116,7 @@ class Choice:
 
     async def chunks(self, context: Context) -> AsyncGenerator[ProcessorChunk, None]:
         """Text as it becomes final, or in one piece where nobody streams; the last chunk has the finish_reason."""
-        async with child_context(context) as engine_context:
-            engine_response = self._engine_chunks(engine_context)
+        async with aclosing(self._engine_chunks(context)) as engine_response:
             if not self.chat.stream and not self.chat.stop_strings:
                 yield await self._accumulated(engine_response)
                 return
@@ -127,12 +125,13 @@ class Choice:
 
     async def _engine_chunks(self, context: Context) -> AsyncGenerator[EngineChunk, None]:
         budget = self.request.stop_conditions.max_tokens or sys.maxsize
-        async for chunk in self.engine.generate(to_wire(self.request), context=context):
-            data = read_engine_chunk(chunk.data())
-            budget -= len(data.token_ids)
-            if budget < 0:
-                raise BadUpstream("The engine sent more tokens than it was asked for.")
-            yield data
+        async with aclosing(self.engine.generate(to_wire(self.request), context=context)) as engine_response:
+            async for chunk in engine_response:
+                data = read_engine_chunk(chunk.data())
+                budget -= len(data.token_ids)
+                if budget < 0:
+                    raise BadUpstream("The engine sent more tokens than it was asked for.")
+                yield data
 
     async def _accumulated(self, engine_response: AsyncGenerator[EngineChunk, None]) -> ProcessorChunk:
         """All tokens first, then one detokenization."""
@@ -161,7 +160,7 @@ class Choice:
             if piece.content or piece.logprobs or piece.finish_reason:
                 yield piece
             if text.stopped is not None:
-                return  # the engine hears of it from its context
+                return  # leaving the engine's stream stops the engine
 
     def _with_logprobs(
         self, so_far: list[dict[str, Any]] | None, data: EngineChunk, num_tokens: int

@@ -44,6 +44,7 @@ class FakeEngine:
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
         self.num_running += 1
+        logger.info("running %d", self.num_running)
         try:
             async for item in self.answer(request, context):
                 yield item

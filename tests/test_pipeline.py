@@ -70,10 +70,10 @@ def test_the_engine_can_be_killed_and_started_again_without_the_others_noticing(
 ) -> None:
     frontend, processor, engine = pipeline.processes[:3]
     pids = frontend.pid, processor.pid
+    serving = "serving inference/engine/generate"
     engine.kill()
     engine.start()
-    pipeline.wait_ready(240)
-    wait_until(lambda: "serving inference/engine/generate" in engine.log.split("SIGKILL")[-1], 240, "the engine")
+    wait_until(lambda: engine.log.count(serving) == 2, 240, "the engine to be back")
     answer = ask(client, embedded_model)
     assert "Paris" in answer.json()["choices"][0]["message"]["content"]
     assert (frontend.pid, processor.pid) == pids

@@ -1,0 +1,89 @@
+"""Which instance to call next: round robin over those that did not just fail.
+
+A killed instance stays in etcd until its lease ends (10 s), so etcd alone would send every other call to it.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+from common.errors import Unavailable
+from common.runtime import Client, Context
+
+logger = logging.getLogger(__name__)
+
+# A failed instance rests for this long before anybody tries it again.
+QUARANTINE_S = 3.0
+_POLL_S = 0.1
+
+Among = Callable[[], Awaitable[set[int]]]
+
+
+class InstancePool:
+    """The instances of one endpoint, as this process has found them to be.
+
+    wait_s: how long a call waits for an instance before it is `Unavailable`.
+    """
+
+    def __init__(self, client: Client, *, wait_s: float) -> None:
+        self._client = client
+        self._wait_s = wait_s
+        self._resting: dict[int, float] = {}
+        self._unanswered: defaultdict[int, set[Context]] = defaultdict(set)
+        self._turn = 0
+
+    async def next(self, context: Context, among: Among | None) -> int | None:
+        """The instance to call; None when the caller gave up waiting for one.
+
+        Raises:
+            Unavailable: nobody came within `wait_s`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_s
+        is_announced = False
+        while not (instances := await self._candidates(among)):
+            if loop.time() >= deadline:
+                raise Unavailable(f"No instance of {self._client} is available. Is it running?")
+            if context.is_stopped():
+                return None
+            if not is_announced:
+                logger.warning("waiting for an instance of %s", self._client)
+                is_announced = True
+            await asyncio.sleep(_POLL_S)
+        self._turn += 1
+        return instances[self._turn % len(instances)]
+
+    async def _candidates(self, among: Among | None) -> list[int]:
+        now = asyncio.get_running_loop().time()
+        instances = await self._client.instance_ids()
+        if self._resting:
+            self._resting = {instance: until for instance, until in self._resting.items() if until > now}
+            instances = [instance for instance in instances if instance not in self._resting]
+        if among is not None:
+            allowed = await among()
+            instances = [instance for instance in instances if instance in allowed]
+        return instances
+
+    def rest(self, instance_id: int, failure: Exception) -> None:
+        """Leave an instance alone for a while, after a call of it failed."""
+        logger.warning("instance %x of %s failed: %s", instance_id, self._client, failure)
+        self._resting[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
+
+    @contextmanager
+    def unanswered(self, instance_id: int, call: Context) -> Iterator[Callable[[], None]]:
+        """A call of an instance that has not answered yet; the function given says that it has."""
+        calls = self._unanswered[instance_id]
+        calls.add(call)
+        try:
+            yield lambda: calls.discard(call)
+        finally:
+            calls.discard(call)
+            if not calls and self._unanswered.get(instance_id) is calls:
+                del self._unanswered[instance_id]
+
+    def give_up_on(self, instance_id: int) -> None:
+        """Nobody is there any more: end the calls that would otherwise wait for it until its lease ends."""
+        for call in self._unanswered.pop(instance_id, ()):
+            call.stop_generating()
