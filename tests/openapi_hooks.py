@@ -1,0 +1,43 @@
+"""What schemathesis is told in test_openapi.py: ask the served model, in few tokens, and read streams to the letter.
+
+schemathesis loads this file by itself (SCHEMATHESIS_HOOKS), in a process of its own.
+"""
+
+from typing import Any
+
+import schemathesis
+from schemathesis import Case, CheckContext, HookContext, Response
+
+from tests.processes import MODEL
+from tests.streams import read_stream
+
+VOCAB_SIZE = 49152
+MOST_TOKENS = 3
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 1 and value == int(value)
+
+
+@schemathesis.hook
+def map_body(context: HookContext, body: Any) -> Any:
+    """The rules that a JSON schema cannot say. What is wrong in a body stays wrong."""
+    if not isinstance(body, dict):
+        return body
+    body = dict(body)
+    if isinstance(body.get("model"), str) and body["model"]:
+        body["model"] = MODEL
+    if body.get("max_tokens") is None or _is_count(body["max_tokens"]):
+        body["max_tokens"] = min(body.get("max_tokens") or MOST_TOKENS, MOST_TOKENS)
+    if _is_count(body.get("max_completion_tokens")):
+        body["max_completion_tokens"] = min(body["max_completion_tokens"], MOST_TOKENS)
+    bias = body.get("logit_bias")
+    if isinstance(bias, dict) and all(key.isascii() and key.isdigit() and len(key) <= 10 for key in bias):
+        body["logit_bias"] = {str(int(key) % VOCAB_SIZE): value for key, value in bias.items()}
+    return body
+
+
+@schemathesis.check
+def a_stream_is_to_the_letter(ctx: CheckContext, response: Response, case: Case) -> None:
+    if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+        read_stream(response.content)

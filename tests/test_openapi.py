@@ -1,0 +1,97 @@
+"""The OpenAPI document, held against the running frontend and processor by schemathesis.
+
+FUZZ_SECONDS (default 60) is how long it tries in all, FUZZ_SEED which cases it tries.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+
+from common.frontend_args import FrontendArgs
+from common.openapi import openapi_document
+from frontend import create_app
+from tests.frontends import frontend_beside
+from tests.processes import ROOT, Pipeline
+
+FUZZ_SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
+FUZZ_SEED = os.environ.get("FUZZ_SEED", "1")
+CHAT = "/v1/chat/completions"
+# Paths of the routes whose parameters take anything cannot be made wrong; it is not worth a complaint.
+SETTINGS = ("--continue-on-failure", "--suppress-health-check", "filter_too_much", "--generation-database", "none")
+
+
+def fuzz(url: str, seconds: int, *args: str) -> int:
+    """Run schemathesis on /openapi.json; returns the number of its test cases, all of which passed."""
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color",
+        "--max-time", str(seconds), "--seed", FUZZ_SEED, *SETTINGS, *args,
+    ]  # fmt: skip
+    env = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.openapi_hooks", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=seconds + 120, check=False
+    )
+    # A failing request may be a page long; its answer stands before it.
+    report = "\n".join(line[:1000] for line in done.stdout.splitlines())
+    assert done.returncode == 0, report + done.stderr[-2000:]
+    num_cases = re.search(r"(\d+) generated, \1 passed", report)
+    assert num_cases, report
+    return int(num_cases[1])
+
+
+@pytest.mark.process
+@pytest.mark.timeout(FUZZ_SECONDS + 240)
+def test_schemathesis_finds_nothing_in_chat_completions(fake_pipeline: Pipeline) -> None:
+    seconds = FUZZ_SECONDS * 3 // 4
+    num_cases = fuzz(fake_pipeline.url, seconds, "--include-path", CHAT, "--phases", "coverage,fuzzing")
+    assert num_cases > 10 * seconds
+    statuses = re.findall(rf": POST {CHAT} (\d+)", fake_pipeline.processes[-1].log)
+    assert statuses.count("200") > len(statuses) / 5, "hardly a request was valid"
+    assert statuses.count("400") > len(statuses) / 5, "hardly a request was invalid"
+
+
+@pytest.mark.process
+@pytest.mark.timeout(FUZZ_SECONDS + 240)
+def test_schemathesis_finds_nothing_on_the_other_routes(fake_pipeline: Pipeline) -> None:
+    assert fuzz(fake_pipeline.url, max(FUZZ_SECONDS // 8, 2), "--exclude-path", CHAT) > 200
+
+
+@pytest.mark.process
+@pytest.mark.timeout(FUZZ_SECONDS + 240)
+def test_schemathesis_finds_no_way_around_the_api_key(fake_pipeline: Pipeline, tmp_path: Path) -> None:
+    with frontend_beside(fake_pipeline, tmp_path, "--api-key", "secret") as keyed:
+        fuzz(keyed.url, max(FUZZ_SECONDS // 8, 2), "--header", "Authorization: Bearer secret")
+
+
+@pytest.mark.process
+def test_the_docs_page_shows_the_document(fake_client: httpx.Client) -> None:
+    assert fake_client.get("/openapi.json").json() == openapi_document(is_key_required=False)
+    page = fake_client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "/openapi.json" in page.text
+
+
+@pytest.mark.parametrize("is_key_required", [False, True])
+def test_the_document_is_valid_openapi(is_key_required: bool) -> None:
+    schemathesis.openapi.from_dict(openapi_document(is_key_required=is_key_required)).validate()
+
+
+def test_every_route_is_in_the_document() -> None:
+    nobody: Any = None
+    app = create_app(nobody, nobody, FrontendArgs())
+    routes = {route.path.replace(":path", "") for route in app.routes if getattr(route, "include_in_schema", False)}
+    assert routes == set(openapi_document(is_key_required=False)["paths"])
+
+
+def test_the_key_is_documented_where_one_is_required() -> None:
+    operations = openapi_document(is_key_required=True)["paths"]
+    for path, methods in operations.items():
+        for operation in methods.values():
+            assert ("401" in operation["responses"]) == ("security" in operation) == path.startswith("/v1/")
+    assert "security" not in str(openapi_document(is_key_required=False))
