@@ -17,10 +17,11 @@ import uvloop
 
 from common.cancellation import when_stopped
 from common.engine_args import parse_engine_args
-from common.errors import answers_errors
+from common.errors import InvalidRequest, answers_errors
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.sampling import sglang_sampling_params
-from common.sglang_engine import Output, SGLangEngine
+from common.sglang_engine import SGLangEngine
+from common.sglang_output import Output
 from common.wire import EngineChunk, read_engine_request, to_wire
 
 logger = logging.getLogger("engine")
@@ -40,6 +41,8 @@ class RequestHandler:
             return
         started = time.monotonic()
         engine_request = read_engine_request(request)
+        if engine_request.sampling_options.seed is not None and not self.engine.description.is_seed_supported:
+            raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
         rid = uuid.uuid4().hex  # SGLang's own id: unique, and never the prefix of another one
         num_output_tokens_so_far = 0
         finish_reason = None

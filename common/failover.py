@@ -7,6 +7,7 @@ left to do, if its caller says how (`resume`), or from its beginning, if its cal
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from common.cancellation import child_context
@@ -25,19 +26,30 @@ _TOO_LARGE = "payload is too large"
 # Nobody listens under the instance's name any more.
 _NOBODY_THERE = ("CannotConnect", "no responders", "Unavailable")
 
-# The request as it should go to the next instance, given what has arrived already.
-Resume = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any] | None]
+# The request as it should go to the next instance, given what has arrived already; or, where only the terminal dict
+# was still to come, that dict.
+Resume = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
 
 
 class _InstanceFailed(Exception):
     """The instance went away before its stream was complete."""
 
 
+@dataclass
+class _LastChunk:
+    """A terminal dict that no instance lived to send."""
+
+    terminal: dict[str, Any]
+
+    def data(self) -> dict[str, Any]:
+        return self.terminal
+
+
 class FailoverClient:
     """Calls instances in turn, and calls another one when one fails.
 
-    resume: makes the request for what is left after some dicts were delivered; None in its place, or as its
-    result, means that a broken stream cannot go on.
+    resume: makes the request for what is left after some dicts were delivered; None means that a broken stream
+    cannot go on.
     wait_s: how long a call waits for an instance before it is `Unavailable`.
     """
 
@@ -92,21 +104,22 @@ class FailoverClient:
             if delivered and start_over is not None:
                 start_over()
             elif delivered:
-                remainder = self._resume(request, delivered) if self._resume else None
-                if remainder is None:
+                if self._resume is None:
                     raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
-                request = remainder
+                request = self._resume(request, delivered)
+                if is_terminal(request):
+                    yield _LastChunk(request)
+                    return
             delivered = []
             await asyncio.sleep(_RETRY_PAUSE_S)
         raise BadUpstream(f"{MAX_ATTEMPTS} calls of {self._client} broke; giving up on this request.")
 
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
         try:
-            async with child_context(context) as call:
-                with self._instances.unanswered(instance_id, call) as answered:
-                    async for chunk in await self._client.direct(request, instance_id, context=call):
-                        answered()
-                        yield chunk
+            with child_context(context) as call, self._instances.unanswered(instance_id, call) as answered:
+                async for chunk in await self._client.direct(request, instance_id, context=call):
+                    answered()
+                    yield chunk
         except Exception as error:
             text = str(error)
             if _TOO_LARGE in text:

@@ -6,6 +6,7 @@ connection behind them is replaced (`connection`).
 
 import asyncio
 import functools
+import gc
 import logging
 import signal
 import sys
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = float(__import__("os").environ.get("SWI", "0.0005"))
 
 P = ParamSpec("P")
 Running = Coroutine[Any, Any, None]
@@ -145,6 +148,17 @@ class Client:
         return stream
 
 
+def _tune_interpreter() -> None:
+    """Settings for a process whose event loop shares the interpreter with the runtime's threads.
+
+    A thread that wants the interpreter lock waits 5 ms by default before it insists, which every item of a stream
+    may have to do. What was loaded by now stays: the collector need not look at it again and again.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()
+
+
 def dynamo_worker(
     static: bool = False,
 ) -> Callable[[Callable[Concatenate[DistributedRuntime, P], Running]], Callable[P, Running]]:
@@ -163,6 +177,7 @@ def dynamo_worker(
 
             async def connect_and_work() -> None:
                 await runtime.connect()
+                _tune_interpreter()
                 await worker(runtime, *args, **kwargs)
 
             runtime.body = asyncio.ensure_future(connect_and_work())

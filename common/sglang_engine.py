@@ -1,22 +1,17 @@
 """`sglang.Engine` as the engine script uses it: start, describe, generate, abort, shut down."""
 
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from common.engine_args import keep_ports_local
 from common.errors import Aborted, InvalidRequest
+from common.sglang_output import Output
+from common.stream_pace import StreamPace
 from common.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription, OutputOptions
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
-
-
-class Output(TypedDict):
-    """An item of SGLang's stream. output_ids: all tokens of the answer so far, the newest last."""
-
-    output_ids: list[int]
-    meta_info: dict[str, Any]
 
 
 class SGLangEngine:
@@ -30,6 +25,7 @@ class SGLangEngine:
         keep_ports_local(server_args)
         self._engine = Engine(server_args=server_args)
         self._tokenizer_manager = self._engine.tokenizer_manager
+        self._pace = StreamPace()
         model_config = self._tokenizer_manager.model_config
         self.description = EngineDescription(
             model=server_args.model_path,
@@ -69,6 +65,8 @@ class SGLangEngine:
             InvalidRequest: SGLang does not take these parameters.
             Aborted: the request was aborted, by us or because SGLang is going down.
         """
+        if output_options.stream:
+            sampling_params["stream_interval"] = self._pace.tokens_per_item()
         call = {
             "input_ids": token_ids,
             "sampling_params": sampling_params,
@@ -82,7 +80,7 @@ class SGLangEngine:
             if not output_options.stream:
                 yield _checked(response)
                 return
-            async for output in response:
+            async for output in self._pace.paced(response):
                 yield _checked(output)
         except ValueError as error:
             raise InvalidRequest(f"The engine does not take this request: {error}.") from error

@@ -1,0 +1,69 @@
+"""How often a stream sends something.
+
+Every item costs each of the three processes about as much as ten tokens do, so a busy engine puts several tokens
+into one. It is paced by time: a few streams get every token as it is made, and many streams share a budget of items
+a second, yet none waits longer than MAX_GAP_S for its next one. The first token always comes at once.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from common.sglang_output import Output
+
+MAX_GAP_S = 0.06
+# What one engine process sends at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
+ITEMS_PER_SECOND = 2500
+MAX_TOKENS_PER_ITEM = 64
+_SMOOTHING = 0.05
+
+
+class StreamPace:
+    """Knows the streams of one engine and how fast their tokens come.
+
+    seconds_per_token: of one stream, a moving average over all of them; None before the first measurement.
+    """
+
+    def __init__(self) -> None:
+        self.num_streams = 0
+        self.seconds_per_token: float | None = None
+
+    @property
+    def gap_s(self) -> float:
+        """The time between two items of one stream to aim at."""
+        return min(MAX_GAP_S, self.num_streams / ITEMS_PER_SECOND)
+
+    def tokens_per_item(self) -> int:
+        """SGLang's `stream_interval` for a stream that begins now."""
+        if not self.seconds_per_token:
+            return 1
+        return max(1, min(MAX_TOKENS_PER_ITEM, int(self.gap_s / self.seconds_per_token)))
+
+    async def paced(self, outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]:
+        """The items of one stream, fewer where they come too fast: each holds the whole answer so far.
+
+        While this waits, SGLang replaces the item that nobody has taken by a newer one.
+        """
+        clock = asyncio.get_running_loop().time
+        self.num_streams += 1
+        try:
+            last_s, num_tokens = 0.0, 0
+            async for output in outputs:
+                now = clock()
+                if num_tokens:
+                    self._measure((now - last_s) / max(1, len(output["output_ids"]) - num_tokens))
+                last_s, num_tokens = now, len(output["output_ids"])
+                yield output
+                # Half the gap: SGLang does the pacing by its own interval, which is chosen once a stream.
+                if (
+                    output["meta_info"]["finish_reason"] is None
+                    and (wait_s := self.gap_s / 2 - (clock() - now)) > 0.001
+                ):
+                    await asyncio.sleep(wait_s)
+        finally:
+            self.num_streams -= 1
+
+    def _measure(self, seconds_per_token: float) -> None:
+        if self.seconds_per_token is None:
+            self.seconds_per_token = seconds_per_token
+        else:
+            self.seconds_per_token += _SMOOTHING * (seconds_per_token - self.seconds_per_token)
