@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Raise it when the conversion changes: folders that an older one made are then rebuilt."""
 
 MANIFEST_FILE = "manifest.json"

@@ -18,7 +18,7 @@ import pytest
 from launch import first_question, model, setup, supervisor_config, watch
 from launch.engine_log import current_phase
 from launch.logs import LogTail, last_lines
-from launch.model_folder import MANIFEST_FILE, find_flaw, write_manifest
+from launch.model_folder import CONVERSION_VERSION, MANIFEST_FILE, find_flaw, write_manifest
 from launch.ports import PortTaken, require_free
 from launch.processes import session
 from launch.settings import Port, Settings, SettingsError
@@ -67,7 +67,7 @@ class TestModelFolder:
     def test_a_folder_of_another_conversion_is_noticed(self, model_folder: Path) -> None:
         manifest = json.loads((model_folder / MANIFEST_FILE).read_text())
         (model_folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"conversion_version": 0}))
-        assert find_flaw(model_folder) == "made by conversion 0, this one is 1"
+        assert find_flaw(model_folder) == f"made by conversion 0, this one is {CONVERSION_VERSION}"
 
     def test_a_broken_folder_is_replaced_whole(
         self, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
