@@ -65,16 +65,16 @@ def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def remaining_request(request: dict[str, Any], delivered: list[dict[str, Any]]) -> dict[str, Any] | None:
+def remaining_request(request: dict[str, Any], delivered: list[dict[str, Any]]) -> dict[str, Any]:
     """The engine request for what is left after an engine broke: its tokens become part of the prompt.
 
     SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
-    have. Penalties start anew. None where nothing is left to generate.
+    have. Penalties start anew. Where nothing is left to generate, it is the dict that ends the answer.
     """
     token_ids = [token_id for chunk in delivered for token_id in chunk.get("token_ids", ())]
     stop = request.get("stop_conditions", {})
     if (max_tokens := stop.get("max_tokens")) is not None:
         stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
         if stop["max_tokens"] < 1:
-            return None
+            return {"finish_reason": "length"}
     return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}

@@ -155,10 +155,10 @@ class Infra:
         )
         return done.stdout
 
-    def instance_keys(self) -> list[str]:
-        """The keys of all registered instances."""
+    def instance_keys(self, of: str = "") -> list[str]:
+        """The keys of all registered instances, or of those of one endpoint, such as "engine/generate"."""
         lines = self.etcdctl("get", "--prefix", "", "--keys-only").splitlines()
-        return [line for line in lines if "instances/" in line]
+        return [line for line in lines if "instances/" in line and of in line]
 
 
 class Pipeline:
@@ -170,6 +170,7 @@ class Pipeline:
         folder.mkdir(parents=True, exist_ok=True)
         self.env = {**infra.env, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **(env or {})}
         self.processes: list[Process] = []
+        self._num_started = 0
         self.http_port = free_port()
 
     @property
@@ -177,7 +178,8 @@ class Pipeline:
         return f"http://127.0.0.1:{self.http_port}"
 
     def script(self, name: str, *args: str, env: Mapping[str, str] | None = None) -> Process:
-        log_path = self.folder / f"{len(self.processes)}-{Path(name).stem}.log"
+        self._num_started += 1
+        log_path = self.folder / f"{self._num_started}-{Path(name).stem}.log"
         process = Process(name, [sys.executable, name, *args], log_path, {**self.env, **(env or {})})
         self.processes.append(process)
         return process.start()
@@ -211,9 +213,16 @@ class Pipeline:
     def logs(self) -> str:
         return "\n".join(f"--- {process.name}\n{process.log[-4000:]}" for process in self.processes)
 
-    def stop(self) -> None:
-        for process in reversed(self.processes):
+    def stop_all_but(self, num_kept: int) -> None:
+        """Back to the first `num_kept` processes; whatever was killed is gone from etcd at once."""
+        stopped, self.processes = self.processes[num_kept:], self.processes[:num_kept]
+        for process in stopped:
+            process.running.send_signal(signal.SIGTERM)
+        for process in stopped:
             process.stop()
+
+    def stop(self) -> None:
+        self.stop_all_but(0)
 
 
 @contextlib.contextmanager

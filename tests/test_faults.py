@@ -6,29 +6,58 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.processes import MODEL, Infra, Pipeline, Process, wait_until
+from tests.processes import MODEL, Infra, Pipeline, Process, running, wait_until
+from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 20}
 
 
+def frontend_and_processor(infra: Infra, folder: Path) -> Pipeline:
+    pipeline = Pipeline(infra, folder)
+    pipeline.frontend()
+    pipeline.processor()
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def survivors(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
+    """One frontend and one processor that see all faults of this module."""
+    folder = tmp_path_factory.mktemp("faults")
+    infra = Infra(folder / "infra")
+    with running(infra.start()):
+        pipeline = frontend_and_processor(infra, folder / "scripts")
+        with running(pipeline):
+            yield pipeline
+
+
 @pytest.fixture
-def scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
-    """A frontend and a processor of the test's own; engines are the test's to start."""
-    pipeline = Pipeline(own_infra, tmp_path / "scripts")
+def scripts(survivors: Pipeline) -> Iterator[Pipeline]:
+    """The survivors, still the same processes; engines are the test's to start, and leave with it."""
+    pids = [process.pid for process in survivors.processes]
     try:
-        pipeline.frontend()
-        pipeline.processor()
-        yield pipeline
+        yield survivors
+        assert [process.pid for process in survivors.processes[:2]] == pids
+        assert all(process.is_alive for process in survivors.processes[:2])
     finally:
-        pipeline.stop()
+        survivors.stop_all_but(2)
+        for key in survivors.infra.instance_keys("engine/generate"):
+            survivors.infra.etcdctl("del", key)  # of a killed one; its lease would end in 10 s
+
+
+@pytest.fixture
+def own_scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
+    """A frontend and a processor that the test stops."""
+    pipeline = frontend_and_processor(own_infra, tmp_path / "scripts")
+    with running(pipeline):
+        yield pipeline
 
 
 def chat(pipeline: Pipeline, timeout_s: float = 60, **fields: object) -> httpx.Response:
@@ -134,6 +163,7 @@ def test_a_restart_of_the_only_engine_is_a_pause_and_not_an_error(scripts: Pipel
 def test_no_request_fails_when_one_of_two_processors_is_killed(scripts: Pipeline) -> None:
     scripts.fake_engine("--token-interval-ms", "2")
     second = scripts.processor()
+    wait_until(lambda: "serving inference/processor/process" in second.log, 60, "the second processor")
     scripts.wait_ready(processors=2)
     with Load(scripts) as load:
         second.kill()
@@ -141,20 +171,22 @@ def test_no_request_fails_when_one_of_two_processors_is_killed(scripts: Pipeline
     assert set(load.outcomes) == {"200"}
 
 
-@pytest.mark.parametrize("part", ["engine", "processor"])
-def test_a_graceful_stop_fails_no_request_when_there_is_another_one(scripts: Pipeline, part: str) -> None:
-    first_engine, _ = two_engines(scripts, "--token-interval-ms", "5")
+def test_a_graceful_stop_fails_no_request_when_there_is_another_one(scripts: Pipeline) -> None:
+    engine, _ = two_engines(scripts, "--token-interval-ms", "5")
     processor = scripts.processor()
+    wait_until(lambda: "serving inference/processor/process" in processor.log, 60, "the second processor")
     scripts.wait_ready(processors=2, engines=2)
-    stopped = first_engine if part == "engine" else processor
     with Load(scripts) as load:
-        assert stopped.terminate() == 0
+        assert engine.terminate() == 0
+        load.wait_for(30)
+        assert processor.terminate() == 0
         load.wait_for(30)
     assert set(load.outcomes) == {"200"}
     assert load.slowest_s < 5
 
 
-def test_a_graceful_stop_of_the_whole_pipeline_finishes_what_is_in_work(scripts: Pipeline) -> None:
+def test_a_graceful_stop_of_the_whole_pipeline_finishes_what_is_in_work(own_scripts: Pipeline) -> None:
+    scripts = own_scripts
     engine = scripts.fake_engine("--token-interval-ms", "50")
     scripts.wait_ready()
     frontend, processor = scripts.processes[:2]
@@ -175,9 +207,9 @@ def test_a_drain_has_a_deadline_and_a_second_signal_ends_at_once(scripts: Pipeli
     )  # fmt: skip
     other = scripts.fake_engine("--token-interval-ms", "1000")
     scripts.wait_ready(engines=2)
-    with ThreadPoolExecutor(4) as threads:
+    with ExitStack() as clients:
         for _ in range(4):
-            threads.submit(chat, scripts, 120, max_tokens=1000)
+            clients.enter_context(open_request(scripts, max_tokens=1000))
         wait_until(lambda: all("running 1" in fake.log for fake in (engine, other)), 20, "requests on both engines")
         started = time.monotonic()
         engine.terminate(timeout_s=20)
@@ -187,8 +219,6 @@ def test_a_drain_has_a_deadline_and_a_second_signal_ends_at_once(scripts: Pipeli
         assert other.is_alive
         other.running.terminate()
         assert other.running.wait(5) == 1
-        for process in scripts.processes[:2]:
-            process.kill()
 
 
 def test_an_abandoned_request_stops_at_the_engine_within_a_second(scripts: Pipeline) -> None:
