@@ -167,7 +167,9 @@ class Choice:
     ) -> list[dict[str, Any]] | None:
         if self.chat.num_top_logprobs is None:
             return None
-        entries = logprob_entries(data, num_tokens, self.chat.num_top_logprobs, self.tokenizer.token_bytes)
+        entries = logprob_entries(
+            data, num_tokens, self.chat.num_top_logprobs, self.tokenizer.token_bytes, self.tokenizer.hidden_ids
+        )
         return so_far if entries is None else (so_far or []) + entries
 
 

@@ -13,6 +13,7 @@ import jinja2
 import tokenizers
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from common.detokenizer import special_token_ids
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai_api import Message
 from common.token_bytes import TokenBytes
@@ -39,6 +40,7 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self.token_bytes = TokenBytes(self.backend)
+        self.hidden_ids = special_token_ids(self.backend)
         self.context_length = context_length
         self.sampling_defaults = sampling_defaults or {}
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)

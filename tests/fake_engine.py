@@ -1,7 +1,8 @@
 """A stand-in for engine.py where the model adds nothing: real Dynamo, real wire, made-up tokens.
 
 The token at position p of a sequence is `TOKEN_IDS[p % len]`, prompt included: so an answer that goes on elsewhere
-after a fault is the answer that would have been. Its faults are chosen on the command line.
+after a fault is the answer that would have been. With --echo the answer is the text of the last message, in SmolLM2's
+template, less its first SEED tokens, and an end-of-sequence token. Its faults are chosen on the command line.
 """
 
 import argparse
@@ -29,6 +30,27 @@ GARBAGE: dict[str, list[Any]] = {
 }
 
 
+IM_START, IM_END = 1, 2
+
+
+def last_message(token_ids: list[int]) -> list[int]:
+    """The tokens between "<|im_start|>user\\n" and "<|im_end|>", before the answer's own "<|im_start|>"."""
+    end = len(token_ids) - 1 - token_ids[::-1].index(IM_END)
+    start = end - token_ids[:end][::-1].index(IM_START)
+    return token_ids[start + 2 : end]
+
+
+def with_logprobs(token_ids: list[int], num_top: int | None) -> dict[str, Any]:
+    """A chunk. Each token has a logprob of its own: -0.001 times its id; those next to it are a little worse."""
+    chunk: dict[str, Any] = {"token_ids": token_ids}
+    if num_top is not None:
+        chunk["log_probs"] = [-token_id / 1000 for token_id in token_ids]
+        chunk["top_logprobs"] = [
+            [[(token_id + rank) % 49152, -token_id / 1000 - rank] for rank in range(num_top)] for token_id in token_ids
+        ]
+    return chunk
+
+
 class FakeEngine:
     """Answers `generate` requests at a set pace. token_ids: what the answers are made of."""
 
@@ -44,13 +66,14 @@ class FakeEngine:
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
         self.num_running += 1
-        logger.info("running %d", self.num_running)
+        request_id = request.get("request_id", "")
+        logger.info("request %s: running %d", request_id, self.num_running)
         try:
             async for item in self.answer(request, context):
                 yield item
         finally:
             self.num_running -= 1
-            logger.info("running %d, stopped %s", self.num_running, context.is_stopped())
+            logger.info("request %s: running %d, stopped %s", request_id, self.num_running, context.is_stopped())
 
     async def answer(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
         args = self.args
@@ -64,24 +87,32 @@ class FakeEngine:
                 yield item
             return
         engine_request: EngineRequest = read_engine_request(request)
-        max_tokens = engine_request.stop_conditions.max_tokens or 16
-        position = len(engine_request.token_ids)
-        end = position + max_tokens
-        while position < end:
-            num_new = min(args.tokens_per_chunk, end - position)
-            new = [args.token_ids[at % len(args.token_ids)] for at in range(position, position + num_new)]
-            position += num_new
+        token_ids, finish_reason = self.answer_to(engine_request)
+        for at in range(0, len(token_ids), args.tokens_per_chunk):
             if context.is_stopped():
                 return
-            yield {"token_ids": new}
+            new = token_ids[at : at + args.tokens_per_chunk]
+            yield with_logprobs(new, engine_request.output_options.logprobs)
             if args.token_interval_ms:
-                await asyncio.sleep(args.token_interval_ms * num_new / 1000)
-        yield {"finish_reason": "length"}
+                await asyncio.sleep(args.token_interval_ms * len(new) / 1000)
+        yield {"finish_reason": finish_reason}
+
+    def answer_to(self, request: EngineRequest) -> tuple[list[int], str]:
+        """All tokens of an answer, and why it ends."""
+        max_tokens = request.stop_conditions.max_tokens or 16
+        if self.args.echo:
+            whole = [*last_message(request.token_ids)[request.sampling_options.seed or 0 :], IM_END]
+            return whole[:max_tokens], "stop" if len(whole) <= max_tokens else "length"
+        source, start = self.args.token_ids, len(request.token_ids)
+        return [source[at % len(source)] for at in range(start, start + max_tokens)], "length"
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--token-ids", type=lambda text: [int(token_id) for token_id in text.split(",")], required=True)
+    parser.add_argument(
+        "--token-ids", type=lambda text: [int(token_id) for token_id in text.split(",")], default=[1000]
+    )
+    parser.add_argument("--echo", action="store_true", help="answer the last message with itself")
     parser.add_argument("--tokens-per-chunk", type=int, default=1)
     parser.add_argument("--token-interval-ms", type=float, default=0.0)
     parser.add_argument("--garbage", choices=[*GARBAGE, "endless"])
