@@ -112,7 +112,6 @@ class RequestHandler:
                 raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:.0f} seconds.")
         finally:
             deadline.cancel()
-            context.stop_generating()
 
 
 def create_app(processor_client: Client, engine_client: Client, args: FrontendArgs) -> FastAPI:

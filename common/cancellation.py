@@ -56,7 +56,7 @@ def when_stopped(context: Context, action: Callable[[], None]) -> Iterator[None]
 
 @contextmanager
 def child_context(parent: Context) -> Iterator[Context]:
-    """A context for a call made on behalf of `parent`: stopped with it, and in any case when the block ends.
+    """A context for a call made on behalf of `parent`: stopped with it, and when the block is left early.
 
     So an engine is told to stop when the client goes away, when a stop string was found, and when we fail.
     """
@@ -64,5 +64,6 @@ def child_context(parent: Context) -> Iterator[Context]:
     with when_stopped(parent, child.stop_generating):
         try:
             yield child
-        finally:
+        except BaseException:  # GeneratorExit and CancelledError above all
             child.stop_generating()
+            raise

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from common.detokenizer import special_token_ids
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai_api import Message
-from common.token_bytes import TokenBytes
+from common.token_bytes import token_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ChatTokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
-        self.token_bytes = TokenBytes(self.backend)
+        self.token_bytes = token_bytes(self.backend)
         self.hidden_ids = special_token_ids(self.backend)
         self.context_length = context_length
         self.sampling_defaults = sampling_defaults or {}

@@ -12,18 +12,19 @@ become U+FFFD, where `decode` also replaces the valid characters next to them.
 """
 
 import codecs
+import functools
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from common.token_bytes import TokenBytes
+from common.token_bytes import token_bytes
 
 
 class IncrementalDetokenizer:
     """Turns the ids of one generation into text: for any split, pushes + flush == `detokenize(all ids)`."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._token_bytes = TokenBytes(tokenizer)
+        self._token_bytes = token_bytes(tokenizer)
         self._skipped_ids = special_token_ids(tokenizer) if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_at_start = True
@@ -57,6 +58,7 @@ def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special_t
     return detokenizer.push(token_ids) + detokenizer.flush()
 
 
+@functools.lru_cache(maxsize=8)
 def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that `skip_special_tokens` leaves out of a text."""
     added_tokens = tokenizer.get_added_tokens_decoder()

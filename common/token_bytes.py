@@ -10,6 +10,7 @@ How a tokenizer turns tokens into bytes is read from its decoder, never from a m
 - Any other decoder: a token is the text that the decoder itself adds for it in the middle of a text.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def _types_in(decoder: dict[str, Any]) -> Iterator[str]:
 
 
 class TokenBytes:
-    """Looks up bytes by token id; holds the tokenizer and nothing per token.
+    """Looks up bytes by token id, and keeps those of ids that were asked for: at most the vocabulary's.
 
     The bytes of a generation's ids, joined, are the UTF-8 of its text. Only the first token differs, where a
     decoder strips the leading space: `leading_bytes_of` is for that one.
@@ -56,6 +57,7 @@ class TokenBytes:
         types = decoder_types(tokenizer)
         self._is_byte_level = "ByteLevel" in types
         self._has_byte_fallback = "ByteFallback" in types
+        self._known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token inside a text; b"" for an id outside the vocabulary.
@@ -63,9 +65,16 @@ class TokenBytes:
         Added and special tokens give their literal content. One written in the byte-level alphabet alone
         ("é") is read as bytes all the same, because the decoder does so.
         """
+        known = self._known.get(token_id)
+        if known is not None:
+            return known
         token = self._token(token_id)
-        if token is None:
+        if token is None:  # not kept: there is no end of such ids
             return b""
+        self._known[token_id] = found = self._bytes_of_token(token_id, token)
+        return found
+
+    def _bytes_of_token(self, token_id: int, token: str) -> bytes:
         if self._is_byte_level:
             return _byte_level_bytes(token)
         if self._has_byte_fallback and (match := BYTE_FALLBACK_TOKEN.fullmatch(token)):
@@ -99,6 +108,12 @@ class TokenBytes:
     def _decode(self, token_ids: list[int]) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
+
+
+@functools.lru_cache(maxsize=8)
+def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    """The one table of a tokenizer, so that requests share what it has learned."""
+    return TokenBytes(tokenizer)
 
 
 def _byte_level_bytes(token: str) -> bytes:
