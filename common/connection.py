@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from common import dynamo_releases
+from common.server_access import check_access
 from common.servers import ServersMissing, wait_for_servers
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ DRAIN_TIMEOUT_S = float(os.environ.get("DYN_CHAT_DRAIN_TIMEOUT_S", "60"))
 # Callers learn from etcd within milliseconds that we left; a request sent before that is still answered.
 _FAREWELL_S = 0.5
 _LEAVE_TIMEOUT_S = 5.0
-_RECONNECT_PAUSE_S = 1.0
+RECONNECT_PAUSE_S = 1.0
 _DRAIN_POLL_S = 0.05
 _SHUTDOWN_TIMEOUT_S = 10.0
 # An endpoint that nobody serves. Waiting for it ends only with the runtime.
@@ -56,6 +57,7 @@ class Connection:
             ServersMissing: they did not come up within STARTUP_TIMEOUT_S, or refused us (credentials, TLS).
         """
         await wait_for_servers(STARTUP_TIMEOUT_S)
+        await check_access()
         try:
             self.raw = await asyncio.to_thread(dynamo_releases.open_runtime, asyncio.get_running_loop())
         except Exception as error:
@@ -68,12 +70,13 @@ class Connection:
 
     async def _watch(self, raw: Any, generation: int) -> None:
         """Notice the runtime's end, which a process without a service would otherwise never learn of."""
-        nobody = await (await dynamo_releases.open_endpoint(raw, *_NOBODY, serve=False)).client()
         try:
+            nobody = await (await dynamo_releases.open_endpoint(raw, *_NOBODY, serve=False)).client()
             await nobody.wait_for_instances()
         except Exception as error:
             if not self.is_stopping.is_set():
                 logger.warning("lost the connection to etcd (%s)", error)
+                await asyncio.sleep(RECONNECT_PAUSE_S)  # a connection that is always lost must not spin
                 await self.reconnect(generation)
 
     async def reconnect(self, lost_generation: int) -> None:
@@ -84,7 +87,7 @@ class Connection:
                     await self.connect()
                 except ServersMissing as error:
                     logger.warning("cannot reconnect yet: %s", error)
-                    await asyncio.sleep(_RECONNECT_PAUSE_S)
+                    await asyncio.sleep(RECONNECT_PAUSE_S)
                 else:
                     logger.warning("connected to etcd and NATS again")
 

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any, Concatenate, ParamSpec
 
 from common import dynamo_releases
-from common.connection import DRAIN_TIMEOUT_S, Connection
+from common.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
 from common.dynamo_releases import Context, configure_dynamo_logging
 from common.servers import ServersMissing
 
@@ -82,7 +82,13 @@ class Endpoint:
             raw_endpoint = await self.open(serve=True)
             runtime.serving(str(self), raw_endpoint)
             logger.info("serving %s", self)
-            await raw_endpoint.serve_endpoint(counted, graceful_shutdown=True)
+            try:
+                await raw_endpoint.serve_endpoint(counted, graceful_shutdown=True)
+            except Exception as error:  # etcd took no key from us
+                if generation == 1:
+                    raise ServersMissing(f"cannot register {self} in etcd: {error}.") from error
+                logger.warning("could not register %s: %s", self, error)
+                await asyncio.sleep(RECONNECT_PAUSE_S)
             if not runtime.is_stopping.is_set():
                 logger.warning("etcd has forgotten %s; registering again as soon as it answers", self)
                 await runtime.reconnect(generation)

@@ -33,8 +33,23 @@ class ServersMissing(Exception):
     """A needed server did not accept a connection in time, or refused us."""
 
 
-def _addresses(urls: str, default_port: int) -> tuple[tuple[str, int], ...]:
-    parsed = (urlsplit(url if "//" in url else f"//{url}") for url in urls.split(",") if url.strip())
+def _urls(variable: str, default: str) -> list[str]:
+    """The variable's URLs, one or several with commas between; each with a scheme."""
+    scheme = urlsplit(default).scheme
+    urls = (url.strip() for url in (os.environ.get(variable) or default).split(","))
+    return [url if "//" in url else f"{scheme}://{url}" for url in urls if url]
+
+
+def etcd_urls() -> list[str]:
+    return _urls("ETCD_ENDPOINTS", "http://localhost:2379")
+
+
+def nats_urls() -> list[str]:
+    return _urls("NATS_SERVER", "nats://localhost:4222")
+
+
+def _addresses(urls: Iterable[str], default_port: int) -> tuple[tuple[str, int], ...]:
+    parsed = (urlsplit(url) for url in urls)
     return tuple((url.hostname or "localhost", url.port or default_port) for url in parsed)
 
 
@@ -44,15 +59,13 @@ def configured_servers() -> tuple[Server, ...]:
     Raises:
         ServersMissing: a variable holds something that is not an address.
     """
-    etcd = os.environ.get("ETCD_ENDPOINTS") or "http://localhost:2379"
-    nats = os.environ.get("NATS_SERVER") or "nats://localhost:4222"
     try:
         return (
-            Server("etcd", "ETCD_ENDPOINTS", _addresses(etcd, 2379)),
-            Server("NATS", "NATS_SERVER", _addresses(nats, 4222)),
+            Server("etcd", "ETCD_ENDPOINTS", _addresses(etcd_urls(), 2379)),
+            Server("NATS", "NATS_SERVER", _addresses(nats_urls(), 4222)),
         )
-    except ValueError as error:
-        raise ServersMissing(f"ETCD_ENDPOINTS={etcd!r} or NATS_SERVER={nats!r} is not an address: {error}") from None
+    except ValueError as error:  # the URL itself may hold a password
+        raise ServersMissing(f"ETCD_ENDPOINTS or NATS_SERVER is not an address: {error}.") from None
 
 
 async def _accepts(host: str, port: int) -> bool:

@@ -1,0 +1,171 @@
+"""Whether etcd and NATS let us in: asked before the runtime asks.
+
+The runtime takes a refusal by etcd for an outage and tries again for two minutes; where etcd wants a user and none
+is given, it connects, and each step after that fails. One small question to each server tells at once what is
+wrong. A server that does not answer the question is left to the runtime.
+"""
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import ssl
+import urllib.error
+import urllib.request
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from common.servers import ServersMissing, etcd_urls, nats_urls
+
+_TIMEOUT_S = 5.0
+_INSTANCES = base64.b64encode(b"v1/instances").decode()
+_NATS_SIGNING = ("NATS_AUTH_NKEY", "NATS_AUTH_CREDENTIALS_FILE")
+
+
+async def check_access() -> None:
+    """Raises:
+    ServersMissing: a server refused us; the message says which, why, and which variables hold the credentials.
+    """
+    for url in etcd_urls():
+        if await asyncio.to_thread(_etcd_answers, url):
+            break
+    for url in nats_urls():
+        if await _nats_answers(url):
+            break
+
+
+def _etcd_answers(url: str) -> bool:
+    """Log in and read a key through etcd's JSON gateway. False where nothing can be learned that way."""
+    where = f"etcd at {urlsplit(url).netloc.rpartition('@')[2]}"
+    user, password = os.environ.get("ETCD_AUTH_USERNAME"), os.environ.get("ETCD_AUTH_PASSWORD")
+    try:
+        tls = _tls_context() if url.startswith("https") else None
+        token = ""
+        if user:
+            token = _ask_etcd(url, "auth/authenticate", {"name": user, "password": password}, tls)["token"]
+        _ask_etcd(url, "kv/range", {"key": _INSTANCES}, tls, token)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        if "HTTPS server" in text:
+            raise ServersMissing(f"{where} speaks TLS: write https:// in ETCD_ENDPOINTS.") from None
+        if "authentication is not enabled" in text:  # then nobody is refused
+            return True
+        if error.code in (400, 401, 403) and (user or not os.environ.get("ETCD_AUTH_CLIENT_CERT")):
+            raise ServersMissing(
+                f"{where} refused us ({_etcd_reason(text)}): look at ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD."
+            ) from None
+        return False
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, KeyError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, ssl.SSLError):
+            raise ServersMissing(
+                f"no TLS with {where} ({_tls_reason(reason)}): look at ETCD_ENDPOINTS, ETCD_AUTH_CA, "
+                "ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY."
+            ) from None
+        return False
+    return True
+
+
+def _ask_etcd(
+    url: str, method: str, question: dict[str, Any], tls: ssl.SSLContext | None, token: str = ""
+) -> dict[str, Any]:
+    request = urllib.request.Request(f"{url.rstrip('/')}/v3/{method}", json.dumps(question).encode())
+    request.add_header("content-type", "application/json")
+    if token:
+        request.add_header("authorization", token)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=tls))
+    with opener.open(request, timeout=_TIMEOUT_S) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def _tls_context() -> ssl.SSLContext:
+    """As the runtime's own: its CA instead of the system's, and a certificate for this client.
+
+    Raises:
+        ServersMissing: a file cannot be used.
+    """
+    try:
+        context = ssl.create_default_context(cafile=os.environ.get("ETCD_AUTH_CA"))
+        certificate = os.environ.get("ETCD_AUTH_CLIENT_CERT")
+        if certificate:
+            context.load_cert_chain(certificate, os.environ.get("ETCD_AUTH_CLIENT_KEY"))
+    except OSError as error:  # an SSLError is one
+        raise ServersMissing(
+            f"cannot use ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT or ETCD_AUTH_CLIENT_KEY: {error.strerror or error}."
+        ) from None
+    return context
+
+
+def _etcd_reason(text: str) -> str:
+    try:
+        return str(json.loads(text)["error"]).removeprefix("etcdserver: ")
+    except (ValueError, KeyError, TypeError):
+        return "no reason given"
+
+
+def _tls_reason(error: ssl.SSLError) -> str:
+    return str(getattr(error, "verify_message", "") or error.reason or error).lower().replace("_", " ")
+
+
+async def _nats_answers(url: str) -> bool:
+    """Say CONNECT as the runtime will. False where the server did not answer."""
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port or 4222)
+            try:
+                info = await _nats_info(reader)
+                is_signed = any(os.environ.get(variable) for variable in _NATS_SIGNING)
+                if not info.get("auth_required") or info.get("tls_required") or is_signed:
+                    return True
+                connect = {"verbose": False, "pedantic": False, "lang": "python", "version": "1", **_nats_login(url)}
+                writer.write(f"CONNECT {json.dumps(connect)}\r\nPING\r\n".encode())
+                answer = (await reader.readline()).decode(errors="replace")
+            finally:
+                writer.close()
+    except (OSError, ValueError):  # TimeoutError is an OSError
+        return False
+    if answer.startswith("-ERR"):
+        reason = answer.removeprefix("-ERR").strip().strip("'").lower()
+        raise ServersMissing(
+            f"NATS at {urlsplit(url).netloc.rpartition('@')[2]} refused us ({reason}): look at NATS_AUTH_USERNAME and "
+            "NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE."
+        )
+    return True
+
+
+async def _nats_info(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """What NATS says of itself to everybody who connects."""
+    line = await reader.readline()
+    info: dict[str, Any] = json.loads(line.removeprefix(b"INFO "))
+    return info
+
+
+def _nats_login(url: str) -> dict[str, str]:
+    """The runtime takes the first of these that is there: user and password, token, and those in the URL."""
+    parts = urlsplit(url)
+    user, password = os.environ.get("NATS_AUTH_USERNAME"), os.environ.get("NATS_AUTH_PASSWORD")
+    token = os.environ.get("NATS_AUTH_TOKEN")
+    if user and password:
+        return {"user": user, "pass": password}
+    if token:
+        return {"auth_token": token}
+    if parts.username and parts.password:
+        return {"user": unquote(parts.username), "pass": unquote(parts.password)}
+    return {"auth_token": unquote(parts.username)} if parts.username else {}
+
+
+async def nats_max_payload() -> int | None:
+    """The largest message that NATS carries, in bytes; None when it does not say."""
+    for url in nats_urls():
+        try:
+            async with asyncio.timeout(_TIMEOUT_S):
+                reader, writer = await asyncio.open_connection(urlsplit(url).hostname, urlsplit(url).port or 4222)
+                try:
+                    return int((await _nats_info(reader))["max_payload"])
+                finally:
+                    writer.close()
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
