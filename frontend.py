@@ -167,7 +167,7 @@ async def worker(runtime: DistributedRuntime, args: FrontendArgs) -> None:
     processor_client = await namespace.component("processor").endpoint("process").client()
     engine_client = await namespace.component("engine").endpoint("generate").client()
     app = create_app(processor_client, engine_client, args)
-    await serve_http(app, runtime, host=args.host, port=args.port)
+    await serve_http(app, runtime, host=args.host, port=args.port, is_port_shared=args.is_port_shared)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ class FrontendArgs:
 
     host: str = "127.0.0.1"
     port: int = 8080
+    is_port_shared: bool = False
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 900_000
@@ -48,6 +49,11 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
     parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="port to listen on (default: %(default)s)")
     parser.add_argument(
+        "--share-port",
+        action="store_true",
+        help="let several frontends with this flag listen on one port; the kernel spreads the connections",
+    )
+    parser.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="require this key; may be repeated"
     )
     parser.add_argument(
@@ -67,6 +73,7 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
     return FrontendArgs(
         host=args.host,
         port=args.port,
+        is_port_shared=args.share_port,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin),
         max_body_bytes=args.max_body_bytes,

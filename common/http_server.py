@@ -20,15 +20,15 @@ class _Server(uvicorn.Server):
         yield  # they belong to the worker
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=is_shared)
     except OSError as error:
         sys.exit(f"error: cannot listen on {host}:{port}: {error.strerror}. Choose another one with --port or --host.")
 
 
-async def serve_http(app: Any, runtime: DistributedRuntime, *, host: str, port: int) -> None:
+async def serve_http(app: Any, runtime: DistributedRuntime, *, host: str, port: int, is_port_shared: bool) -> None:
     """Serve until the worker is told to stop; then finish the requests in flight, up to DRAIN_TIMEOUT_S."""
     config = uvicorn.Config(
         app,
@@ -47,7 +47,7 @@ async def serve_http(app: Any, runtime: DistributedRuntime, *, host: str, port: 
         server.should_exit = True
 
     runtime.run_in_background(stop_with_worker())
-    listener = _listen(host, port)
+    listener = _listen(host, port, is_shared=is_port_shared)
     try:
         await server.serve(sockets=[listener])
     finally:

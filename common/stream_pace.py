@@ -11,21 +11,26 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from common.sglang_output import Output
 
 MAX_GAP_S = 0.06
-# What one engine process sends at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
-ITEMS_PER_SECOND = 2500
+# What three processes pass on at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
+ITEMS_PER_SECOND = 800
 MAX_TOKENS_PER_ITEM = 64
-_SMOOTHING = 0.05
+# How much of what was measured is kept with each item: the speed of the last few thousand tokens counts.
+_MEMORY = 0.998
 
 
 class StreamPace:
     """Knows the streams of one engine and how fast their tokens come.
 
-    seconds_per_token: of one stream, a moving average over all of them; None before the first measurement.
+    seconds_per_token: of one stream, averaged over the latest tokens of all of them; 0.0 before the first ones.
     """
 
     def __init__(self) -> None:
         self.num_streams = 0
-        self.seconds_per_token: float | None = None
+        self._seconds = self._tokens = 0.0
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self._seconds / self._tokens if self._tokens else 0.0
 
     @property
     def gap_s(self) -> float:
@@ -50,7 +55,7 @@ class StreamPace:
             async for output in outputs:
                 now = clock()
                 if num_tokens:
-                    self._measure((now - last_s) / max(1, len(output["output_ids"]) - num_tokens))
+                    self._measure(now - last_s, len(output["output_ids"]) - num_tokens)
                 last_s, num_tokens = now, len(output["output_ids"])
                 yield output
                 # Half the gap: SGLang does the pacing by its own interval, which is chosen once a stream.
@@ -62,8 +67,6 @@ class StreamPace:
         finally:
             self.num_streams -= 1
 
-    def _measure(self, seconds_per_token: float) -> None:
-        if self.seconds_per_token is None:
-            self.seconds_per_token = seconds_per_token
-        else:
-            self.seconds_per_token += _SMOOTHING * (seconds_per_token - self.seconds_per_token)
+    def _measure(self, seconds: float, num_tokens: int) -> None:
+        self._seconds = self._seconds * _MEMORY + seconds
+        self._tokens = self._tokens * _MEMORY + num_tokens
