@@ -2,7 +2,8 @@
 
 When a process' lease in etcd ends (etcd was away for 10 s, or came back empty), Dynamo ends that process' runtime
 for good. A new runtime in the same process costs 20 ms, while reloading a model costs a minute: so the inner
-runtime is replaced, and `generation` tells everybody who holds something of the old one.
+runtime is replaced, and `generation` tells everybody who holds something of the old one. A Dynamo that opens only
+one runtime a process leaves no such way: then the process ends and says so.
 """
 
 import asyncio
@@ -33,12 +34,15 @@ class Connection:
     """`raw`: Dynamo's own runtime, the `generation`-th of this process.
 
     num_in_flight: requests that this process is answering. is_stopping: set by the first signal to stop.
+    is_drained: set when, after that, nothing is in flight any more. failure: why the process must end, if it must.
     """
 
     def __init__(self) -> None:
         self.raw: Any = None
         self.generation = 0
         self.is_stopping = asyncio.Event()
+        self.is_drained = asyncio.Event()
+        self.failure: str | None = None
         self.num_in_flight = 0
         self.body: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reconnecting = asyncio.Lock()
@@ -81,6 +85,10 @@ class Connection:
 
     async def reconnect(self, lost_generation: int) -> None:
         """Replace a runtime that has ended. Several may notice; the first one acts, the others wait for it."""
+        if not dynamo_releases.CAN_REOPEN:
+            self.failure = "etcd has forgotten this process, and this Dynamo cannot connect anew: start it again"
+            self.body.cancel()
+            return
         async with self._reconnecting:
             while self.generation == lost_generation and not self.is_stopping.is_set():
                 try:
@@ -112,7 +120,7 @@ class Connection:
         for path, raw_endpoint in self._served.items():
             try:
                 async with asyncio.timeout(_LEAVE_TIMEOUT_S):
-                    if await dynamo_releases.leave_discovery(raw_endpoint):
+                    if await dynamo_releases.leave_discovery(self.raw, raw_endpoint):
                         logger.info("left etcd: %s", path)
             except Exception as error:  # etcd may be away just now; the lease ends by itself
                 logger.warning("could not take %s out of etcd: %s", path, error)
@@ -122,6 +130,8 @@ class Connection:
             await asyncio.sleep(_FAREWELL_S)
         while self.num_in_flight and loop.time() < deadline:
             await asyncio.sleep(_DRAIN_POLL_S)
+        await asyncio.sleep(_DRAIN_POLL_S)  # the last dicts may still be on their way
+        self.is_drained.set()
         if self.num_in_flight:
             logger.warning("giving up on %d requests after %.0f s", self.num_in_flight, DRAIN_TIMEOUT_S)
         if self._served:

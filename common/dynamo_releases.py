@@ -1,23 +1,31 @@
 """What changed between Dynamo releases, and nothing else: the only module that knows there are several.
 
-=====================  =========================  =========================  ==========================
-the chapter's line     0.5                        0.7                        1.x
-=====================  =========================  =========================  ==========================
-the runtime            (loop, is_static)          (loop, "etcd", is_static)  (loop, "etcd", "nats")
-namespace, component   objects of the runtime     objects of the runtime     "ns.component.endpoint"
-create_service()       announces the component    announces the component    gone: serving announces it
-request plane          NATS                       NATS                       TCP unless told otherwise
-leaving etcd early     when the runtime ends      when the runtime ends      unregister_endpoint_instance()
-log level              DYN_LOG                    DYN_LOG                    DYN_LOG
-=====================  =========================  =========================  ==========================
+======================  =======================  =========================  ==============================
+                        0.5                      0.7                        1.x
+======================  =======================  =========================  ==============================
+the runtime             (loop, is_static)        (loop, "etcd", is_static)  (loop, "etcd", "nats")
+namespace, component    objects of the runtime   objects of the runtime     "namespace.component.endpoint"
+create_service()        serving needs it         serving needs it           gone
+request plane           NATS                     NATS                       TCP unless told otherwise
+response streams        on a routable address    on a routable address      on the interface named below
+leaving etcd            when all is answered     at once                    at once
+  by                    shutdown()               shutdown()                 unregister_endpoint_instance()
+  meanwhile             new calls are refused    its own calls fail too     new calls are answered
+when etcd forgets us    the runtime ends for     the runtime ends, another  the runtime ends, another
+                        good, so must we         one can be opened          one can be opened
+an early stop           is lost                  arrives                    arrives
+a missed response       rules out the instance   is forgiven                is forgiven
+======================  =======================  =========================  ==============================
 
-Each function below is one row. Releases are told apart by what they offer, not by a version number.
+Each function below is one row or two. Releases are told apart by what they offer, not by a version number.
 """
 
 import asyncio
 import logging
 import os
 from typing import Any
+
+import orjson
 
 # Rust reads these when the first runtime starts, so they are set while the scripts are being imported.
 os.environ["DYN_REQUEST_PLANE"] = "nats"
@@ -40,15 +48,27 @@ def _log_filter(environ: "os._Environ[str] | dict[str, str]") -> str:
 
 os.environ["DYN_LOG"] = _log_filter(os.environ)
 
+from dynamo.runtime import Context as Context  # noqa: E402
 from dynamo.runtime import DistributedRuntime  # noqa: E402
 from dynamo.runtime.logging import configure_dynamo_logging as _configure_dynamo_logging  # noqa: E402
 
-try:
-    from dynamo.runtime import Context  # 1.x
-except ImportError:
-    from dynamo._core import Context  # 0.5, 0.7
-
 _HAS_COMPONENTS = hasattr(DistributedRuntime, "namespace")
+_TAKES_A_STORE = "store_kv" in (DistributedRuntime.__text_signature__ or "")
+CAN_REOPEN = _TAKES_A_STORE or not _HAS_COMPONENTS
+"""Whether a process can open another runtime after its first one has ended."""
+
+# The runtime's errors arrive as text: 1.x begins with a kind of error, 0.x says it in words.
+_WORKER_RAISED = (
+    "BackendInvalidArgument",
+    "BackendUnknown",
+    "a python exception was caught while processing the async generator",
+)
+_NOBODY_THERE = ("CannotConnect", "no responders", "Unavailable")
+_RULED_OUT = "not found for endpoint"
+_TOO_LARGE = "payload is too large"
+# 0.x sends what is too large, has its connection closed by NATS, and waits ten seconds for a response.
+_NO_RESPONSE = "deadline has elapsed"
+_NATS_MAX_PAYLOAD = 1_048_576  # the server's default
 
 
 def configure_dynamo_logging() -> None:
@@ -66,14 +86,11 @@ def open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
     """
     if not _HAS_COMPONENTS:
         return DistributedRuntime(loop, "etcd", "nats")
-    signature = DistributedRuntime.__text_signature__ or ""
-    if "store_kv" in signature:
-        return DistributedRuntime(loop, "etcd", False)
-    return DistributedRuntime(loop, False)
+    return DistributedRuntime(loop, "etcd", False) if _TAKES_A_STORE else DistributedRuntime(loop, False)
 
 
 async def open_endpoint(runtime: Any, namespace: str, component: str, endpoint: str, *, serve: bool) -> Any:
-    """The runtime's own endpoint object; with `serve`, the component is announced first where that exists."""
+    """The runtime's own endpoint object. `serve`: requests will be answered there."""
     if not _HAS_COMPONENTS:
         return runtime.endpoint(f"{namespace}.{component}.{endpoint}")
     owner = runtime.namespace(namespace).component(component)
@@ -82,13 +99,38 @@ async def open_endpoint(runtime: Any, namespace: str, component: str, endpoint: 
     return owner.endpoint(endpoint)
 
 
-async def leave_discovery(endpoint: Any) -> bool:
-    """Take the endpoint's key out of etcd while it still answers. False where a release cannot do that."""
+async def leave_discovery(runtime: Any, endpoint: Any) -> bool:
+    """Get no new requests, while those in flight go on. False where only the runtime as a whole can leave."""
     unregister = getattr(endpoint, "unregister_endpoint_instance", None)
     if unregister is None:
+        runtime.shutdown()  # begins with the endpoints
         return False
     await unregister()
     return True
 
 
-__all__ = ["Context", "configure_dynamo_logging", "leave_discovery", "open_endpoint", "open_runtime"]
+def repeat_early_stop(context: Context | None) -> None:
+    """Call when a stream has been opened: 0.5 does not pass on a stop that came before."""
+    if context is not None and context.is_stopped():
+        context.stop_generating()
+
+
+def is_ruled_out(client: Any, instance_id: int, error: Exception) -> bool:
+    """Whether this client will never call that instance again, though it is there; another client would."""
+    return _RULED_OUT in str(error) and instance_id in client.instance_ids()
+
+
+def is_raised_by_worker(error: Exception) -> bool:
+    """Whether the handler raised: it would raise again on another instance."""
+    return str(error).startswith(_WORKER_RAISED)
+
+
+def is_nobody_there(error: Exception) -> bool:
+    """Whether no process listens under the instance's name any more."""
+    return any(words in str(error) for words in _NOBODY_THERE)
+
+
+def is_too_large(error: Exception, request: dict[str, Any]) -> bool:
+    """Whether the request is larger than NATS carries (`max_payload`)."""
+    text = str(error)
+    return _TOO_LARGE in text or (_NO_RESPONSE in text and len(orjson.dumps(request)) > _NATS_MAX_PAYLOAD)

@@ -10,6 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from common import dynamo_releases
 from common.cancellation import child_context
 from common.errors import BadUpstream, PipelineError, RequestTooLarge
 from common.instance_pool import Among, InstancePool
@@ -19,12 +20,6 @@ from common.wire import is_aborted, is_error, is_terminal
 MAX_ATTEMPTS = 8
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
-
-# The runtime's errors arrive as text. The handler itself raised: it would raise again on another instance.
-_WORKER_RAISED = ("BackendInvalidArgument", "BackendUnknown")
-_TOO_LARGE = "payload is too large"
-# Nobody listens under the instance's name any more.
-_NOBODY_THERE = ("CannotConnect", "no responders", "Unavailable")
 
 # The request as it should go to the next instance, given what has arrived already; or, where only the terminal dict
 # was still to come, that dict.
@@ -121,14 +116,13 @@ class FailoverClient:
                     answered()
                     yield chunk
         except Exception as error:
-            text = str(error)
-            if _TOO_LARGE in text:
+            if dynamo_releases.is_too_large(error, request):
                 raise RequestTooLarge("The request is larger than the message bus carries (max_payload).") from error
-            if text.startswith(_WORKER_RAISED):
+            if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
-            if any(words in text for words in _NOBODY_THERE):
+            if dynamo_releases.is_nobody_there(error):
                 self._instances.give_up_on(instance_id)
-            raise _InstanceFailed(text) from error
+            raise _InstanceFailed(str(error)) from error
 
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:

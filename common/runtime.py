@@ -92,6 +92,7 @@ class Endpoint:
             if not runtime.is_stopping.is_set():
                 logger.warning("etcd has forgotten %s; registering again as soon as it answers", self)
                 await runtime.reconnect(generation)
+        await runtime.is_drained.wait()
 
     def _counting(self, handler: Handler) -> Handler:
         async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -143,14 +144,23 @@ class Client:
         Raises:
             Exception: what the runtime raises, here or while the stream is read; see `common.failover`.
         """
-        stream: AsyncIterator[Any] = await (await self.refresh()).round_robin(request, context=context)
+        raw = await self.refresh()
+        stream: AsyncIterator[Any] = await raw.round_robin(request, context=context)
+        dynamo_releases.repeat_early_stop(context)
         return stream
 
     async def direct(
         self, request: dict[str, Any], instance_id: int, context: Context | None = None
     ) -> AsyncIterator[Any]:
         """Call one instance."""
-        stream: AsyncIterator[Any] = await (await self.refresh()).direct(request, instance_id, context=context)
+        raw = await self.refresh()
+        try:
+            stream: AsyncIterator[Any] = await raw.direct(request, instance_id, context=context)
+        except Exception as error:
+            if self._raw is raw and dynamo_releases.is_ruled_out(raw, instance_id, error):
+                self._generation = -1  # the next call makes a new client, which asks again
+            raise
+        dynamo_releases.repeat_early_stop(context)
         return stream
 
 
@@ -192,6 +202,8 @@ def dynamo_worker(
             try:
                 await runtime.body
             except asyncio.CancelledError:
+                if runtime.failure:
+                    sys.exit(f"error: {runtime.failure}")
                 if not runtime.is_stopping.is_set():
                     raise
             except ServersMissing as error:
