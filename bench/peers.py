@@ -1,6 +1,7 @@
 """What is measured: each peer is started, says when it is ready, takes a load, and is stopped."""
 
 import json
+import select
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ import psutil
 from bench.http_client import Reply
 from bench.infra import Infra
 from bench.load import Load, Outcome, run_load
-from bench.processes import Child, Usage, answers, free_port
+from bench.processes import Child, Usage, answers, free_port, wait_until
 
 # SGLang's own server and Dynamo's processes log lines for every request; ours keep their default of one line each.
 _QUIET = {"DYN_LOG": "error"}
+_GRACE_S = 1.5  # for a process to end by itself; there is nothing left to lose
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,22 @@ class Peer:
                     pass
         return found
 
+    def bring_up(self, timeout_s: float) -> None:
+        """Raises:
+        Exception: it did not come up; what had started is stopped again.
+        """
+        try:
+            self.start()
+            wait_until(self.is_ready, timeout_s, f"{self.name} to be ready")
+        except BaseException:
+            self.stop()
+            raise
+
     def stop(self) -> None:
-        for child in reversed(self.children):
-            child.stop()
+        for child in self.children:
+            child.terminate()
+        for child in self.children:
+            child.stop(_GRACE_S)
 
 
 class DynamoPeer(Peer):
@@ -199,13 +214,12 @@ class EngineAlone(Peer):
             stdout=subprocess.PIPE,
         )  # fmt: skip
         self.children.append(self.process.start())
-        self._is_ready = False
 
     def is_ready(self) -> bool:
         self.process.check()
-        if not self._is_ready:
-            self._is_ready = self._read() == "ready"
-        return self._is_ready
+        stdout = self.process.popen.stdout
+        assert stdout is not None
+        return bool(select.select([stdout], [], [], 1.0)[0]) and self._read() == "ready"
 
     def answer(self, load: Load, executor: Executor) -> Outcome:
         stdin = self.process.popen.stdin

@@ -1,0 +1,23 @@
+"""Run a script with the fake engine: `python -m bench.fake_sglang SCRIPT [ARGUMENTS]`."""
+
+import runpy
+import sys
+import types
+
+from bench.fake_sglang.engine import Engine, SignalHandler
+
+
+def _stand_in(name: str, **contents: object) -> None:
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    sys.modules[name] = module
+
+
+if __name__ == "__main__":
+    import sglang.srt.entrypoints  # the real package, of which two modules are replaced
+    import sglang.srt.managers  # noqa: F401
+
+    _stand_in("sglang.srt.entrypoints.engine", Engine=Engine)
+    _stand_in("sglang.srt.managers.tokenizer_manager", SignalHandler=SignalHandler)
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,183 @@
+"""`sglang.Engine` without a model: tokens at a set pace, delivered the way SGLang 0.5.16 delivers them.
+
+What is kept of SGLang's tokenizer manager, because it decides how many items a consumer sees:
+
+- the model's step gives every running request one token, whoever is slow;
+- a streaming request gets an item every `stream_interval` tokens (the first token at once), any other one only at
+  its end;
+- items that a consumer has not taken yet become one: the newest with all tokens so far or, with
+  `incremental_streaming_output`, the new tokens joined.
+
+FAKE_STEP_MS sets the pace (default 1 ms a token), FAKE_ITEM_US a cost in CPU time for each item (default 0).
+"""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+_STEP_S = float(os.environ.get("FAKE_STEP_MS", "1")) / 1000
+_ITEM_S = float(os.environ.get("FAKE_ITEM_US", "0")) / 1e6
+_FIRST_TOKEN_ID = 1000  # plain words in the tokenizers of SmolLM2 and Qwen
+_NUM_TOKEN_IDS = 4000
+_DEFAULT_MAX_NEW_TOKENS = 128
+
+
+class SignalHandler:
+    def __init__(self, tokenizer_manager: Any) -> None:
+        self.tokenizer_manager = tokenizer_manager
+
+    def sigterm_handler(self, signum: Any = None, frame: Any = None) -> None: ...
+
+    def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None: ...
+
+
+@dataclass
+class Request:
+    """num_sent: tokens that went into items already; items: those that the consumer has not taken yet."""
+
+    rid: str
+    num_prompt_tokens: int
+    max_new_tokens: int
+    is_stream: bool
+    stream_interval: int
+    position: int
+    output_ids: list[int] = field(default_factory=list)
+    num_sent: int = 0
+    items: list[dict[str, Any]] = field(default_factory=list)
+    is_aborted: bool = False
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def finish_reason(self) -> dict[str, Any] | None:
+        if self.is_aborted:
+            return {"type": "abort", "message": "Aborted"}
+        if len(self.output_ids) >= self.max_new_tokens:
+            return {"type": "length", "length": self.max_new_tokens}
+        return None
+
+    def is_item_due(self) -> bool:
+        if not self.is_stream:
+            return False
+        return self.stream_interval <= 1 or len(self.output_ids) % self.stream_interval == 1
+
+
+class TokenizerManager:
+    """Steps of the model, and the requests that wait for them."""
+
+    signal_handler_class: type = SignalHandler
+
+    def __init__(self, server_args: Any) -> None:
+        config = json.loads((Path(server_args.model_path) / "config.json").read_text())
+        context_len = server_args.context_length or config["max_position_embeddings"]
+        self.model_config = SimpleNamespace(context_len=context_len, vocab_size=config["vocab_size"])
+        self.server_args = server_args
+        self.rid_to_state: dict[str, Request] = {}
+        self._is_incremental = bool(server_args.incremental_streaming_output)
+        self._default_interval = server_args.stream_interval
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def generate(self, request: Request) -> AsyncGenerator[dict[str, Any], None]:
+        request.stream_interval = request.stream_interval or self._default_interval
+        self.rid_to_state[request.rid] = request
+        if self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.create_task(self._step_while_busy())
+        while True:
+            await request.event.wait()
+            request.event.clear()
+            items, request.items = request.items, []
+            item = items[-1]
+            if self._is_incremental and request.is_stream and len(items) > 1:
+                item["output_ids"] = [token_id for each in items for token_id in each["output_ids"]]
+            yield item
+            if item["meta_info"]["finish_reason"] is not None:
+                return
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        if request := self.rid_to_state.get(rid):
+            request.is_aborted = True
+
+    async def _step_while_busy(self) -> None:
+        next_step = time.perf_counter() + _STEP_S
+        while self.rid_to_state:
+            now = time.perf_counter()
+            if now < next_step:
+                await asyncio.sleep(next_step - now)
+            # Steps that came due while this process was busy have all happened, as in a process of their own.
+            while next_step <= time.perf_counter() and self.rid_to_state:
+                self._step()
+                next_step += _STEP_S
+            await asyncio.sleep(0)
+
+    def _step(self) -> None:
+        for request in list(self.rid_to_state.values()):
+            request.position += 1
+            request.output_ids.append(_FIRST_TOKEN_ID + request.position * 7 % _NUM_TOKEN_IDS)
+            finish_reason = request.finish_reason
+            if finish_reason is None and not request.is_item_due():
+                continue
+            if finish_reason is not None:
+                del self.rid_to_state[request.rid]
+            request.items.append(self._item(request, finish_reason))
+            request.event.set()
+            if _ITEM_S:
+                until = time.perf_counter() + _ITEM_S
+                while time.perf_counter() < until:
+                    pass
+
+    def _item(self, request: Request, finish_reason: dict[str, Any] | None) -> dict[str, Any]:
+        output_ids = request.output_ids
+        if self._is_incremental and request.is_stream:
+            output_ids = output_ids[request.num_sent :]
+            request.num_sent = len(request.output_ids)
+        elif finish_reason is not None:
+            output_ids = output_ids.copy()
+        meta_info = {
+            "id": request.rid,
+            "finish_reason": finish_reason,
+            "prompt_tokens": request.num_prompt_tokens,
+            "weight_version": "default",
+            "num_retractions": 0,
+            "reasoning_tokens": 0,
+            "completion_tokens": len(request.output_ids),
+            "cached_tokens": 0,
+        }
+        return {"output_ids": output_ids, "meta_info": meta_info}
+
+
+class Engine:
+    """The part of `sglang.Engine` that engine.py calls."""
+
+    def __init__(self, *, server_args: Any) -> None:
+        self.server_args = server_args
+        self.tokenizer_manager = TokenizerManager(server_args)
+        self._num_requests = 0
+
+    async def async_generate(
+        self,
+        *,
+        input_ids: list[int],
+        sampling_params: dict[str, Any] | None = None,
+        rid: str | None = None,
+        stream: bool = False,
+        **_: Any,
+    ) -> Any:
+        params = sampling_params or {}
+        self._num_requests += 1
+        request = Request(
+            rid=rid or str(self._num_requests),
+            num_prompt_tokens=len(input_ids),
+            max_new_tokens=params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
+            is_stream=stream,
+            stream_interval=params.get("stream_interval") or 0,
+            position=self._num_requests * 31,
+        )
+        generator = self.tokenizer_manager.generate(request)
+        return generator if stream else await anext(generator)
+
+    def shutdown(self) -> None: ...

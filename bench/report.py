@@ -1,0 +1,89 @@
+"""The table and the plot for the README."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.measures import Measures, median_round, spread
+from bench.peers import PEERS
+
+Key = tuple[str, int, bool, float | None]
+
+
+def medians(done: Iterable[Measures]) -> dict[Key, tuple[Measures, float]]:
+    """The median round of each peer under each load, and the spread of the rounds."""
+    rounds: dict[Key, list[Measures]] = {}
+    for measured in done:
+        key = (measured.peer, measured.concurrency, measured.is_stream, measured.rate_per_s)
+        rounds.setdefault(key, []).append(measured)
+    return {key: (median_round(of_key), spread(of_key)) for key, of_key in rounds.items()}
+
+
+def markdown(done: Sequence[Measures]) -> str:
+    """One row a peer and load."""
+    rows = [
+        "| load | server | tokens/s | requests/s | latency p50 / p99 ms | TTFT p50 / p99 ms | gap p50 / p99 ms "
+        "| longest gap p99 ms | CPU ms/request | memory MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = medians(done)
+    for key in sorted(found, key=lambda key: (key[3] or 0, key[1], key[2])):
+        measured, deviation = found[key]
+        load = f"{measured.rate_per_s:.0f}/s" if measured.rate_per_s else f"c={measured.concurrency}"
+        columns = [
+            f"{load}, {'streaming' if measured.is_stream else 'whole'}",
+            PEERS[measured.peer].title,
+            f"{measured.tokens_per_s:,.0f} ± {deviation:.0%}",
+            f"{measured.requests_per_s:.1f}",
+            f"{measured.latency_p50:.0f} / {measured.latency_p99:.0f}",
+            *(
+                (
+                    f"{measured.ttft_p50:.1f} / {measured.ttft_p99:.1f}",
+                    f"{measured.gap_p50:.1f} / {measured.gap_p99:.1f}",
+                    f"{measured.longest_gap_p99:.0f}",
+                )
+                if measured.is_stream
+                else ("", "", "")
+            ),
+            ", ".join(f"{name} {spent:.2f}" for name, spent in measured.cpu_ms_per_request.items() if spent >= 0.01),
+            ", ".join(f"{name} {rss:.0f}" for name, rss in measured.rss_mib.items() if rss >= 50),
+        ]
+        rows.append("| " + " | ".join(columns) + " |")
+    errors = sum(measured.num_errors for measured in done)
+    return "\n".join(rows) + f"\n\nFailed requests: {errors} of {sum(measured.num_requests for measured in done)}.\n"
+
+
+def plot(done: Sequence[Measures], path: Path) -> None:
+    """Tokens per second against concurrency, streaming and not."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    found = medians(measured for measured in done if measured.rate_per_s is None)
+    for axis, is_stream in zip(axes, (False, True), strict=True):
+        for name, peer in PEERS.items():
+            points = sorted((key[1], found[key][0].tokens_per_s) for key in found if key[0] == name and key[2] == is_stream)
+            if points:
+                style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
+                axis.plot(*zip(*points, strict=True), marker="o", label=peer.title.replace("`", ""), **style)
+        axis.set_title("streaming" if is_stream else "not streaming")
+        axis.set_xlabel("concurrent requests")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("output tokens/s")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def write_report(done: Sequence[Measures], folder: Path, name: str) -> None:
+    if not done:
+        print("nothing was measured")
+        return
+    (folder / f"{name}.md").write_text(markdown(done))
+    try:
+        plot(done, folder / f"{name}.png")
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+    print(f"written: {folder}/{name}.json, .md and .png")
