@@ -141,25 +141,15 @@ class OursScaled(Ours):
 
     name, title = "ours3", "the same, three processors, two frontends"
     num_processors, num_frontends = 3, 2
-    extra_env: ClassVar[dict[str, str]] = {}
 
     def start_scripts(self) -> None:
         env = {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
-        env |= self.extra_env
         script = self.setting.script
         self.child("engine", self.setting.engine_script("engine.py"), **env)
         for number in range(self.num_processors):
             self.child(f"processor{number}", script("processor.py", "--model", self.setting.model), **env)
         for number in range(self.num_frontends):
             self.child(f"frontend{number}", script("frontend.py", "--port", str(self.port), "--share-port"), **env)
-
-
-class OursTwoThreads(OursScaled):
-    name, title = "ours3t2", "the same, two runtime threads each"
-    extra_env: ClassVar[dict[str, str]] = {
-        "DYN_RUNTIME_NUM_WORKER_THREADS": "2",
-        "DYN_RUNTIME_MAX_BLOCKING_THREADS": "4",
-    }
 
 
 class Chapter(DynamoPeer):
@@ -245,5 +235,5 @@ class Instant(Peer):
 
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
-    for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, OursTwoThreads, Instant)
+    for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Instant)
 }

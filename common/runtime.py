@@ -30,7 +30,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S = float(__import__("os").environ.get("SWI", "0.0005"))
+SWITCH_INTERVAL_S = 0.0005
 
 P = ParamSpec("P")
 Running = Coroutine[Any, Any, None]

@@ -6,6 +6,7 @@ a second, yet none waits longer than MAX_GAP_S for its next one. The first token
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from common.sglang_output import Output
@@ -41,7 +42,9 @@ class StreamPace:
         """SGLang's `stream_interval` for a stream that begins now."""
         if not self.seconds_per_token:
             return 1
-        return max(1, min(MAX_TOKENS_PER_ITEM, int(self.gap_s / self.seconds_per_token)))
+        # Rounded up: where too many items slow everything down, tokens come slowly as well, and rounding down would
+        # keep it so.
+        return min(MAX_TOKENS_PER_ITEM, math.ceil(self.gap_s / self.seconds_per_token))
 
     async def paced(self, outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]:
         """The items of one stream, fewer where they come too fast: each holds the whole answer so far.
