@@ -38,6 +38,7 @@ from common.wire import ProcessorChunk, read_processor_chunk
 logger = logging.getLogger("frontend")
 
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
+MAX_ANSWER_CHARACTERS = 2**24  # no model of today writes that much in one answer
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -102,11 +103,15 @@ class RequestHandler:
                 among=lambda: self.models.instances_for(chat.model),
                 start_over=answer.start_over if answer else None,
             )
+            num_characters = 0
             async with aclosing(response_stream):
                 async for chunk in response_stream:
                     data = read_processor_chunk(chunk.data())
                     if data.index >= chat.n:
                         raise BadUpstream("The processor answered a choice that nobody asked for.")
+                    num_characters += len(data.content)
+                    if num_characters > MAX_ANSWER_CHARACTERS:
+                        raise BadUpstream("The processor's answer does not end.")
                     yield data
             if context.is_stopped():
                 raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:.0f} seconds.")
@@ -167,7 +172,16 @@ async def worker(runtime: DistributedRuntime, args: FrontendArgs) -> None:
     processor_client = await namespace.component("processor").endpoint("process").client()
     engine_client = await namespace.component("engine").endpoint("generate").client()
     app = create_app(processor_client, engine_client, args)
-    await serve_http(app, runtime, host=args.host, port=args.port, is_port_shared=args.is_port_shared)
+    await serve_http(
+        app,
+        runtime,
+        host=args.host,
+        port=args.port,
+        is_port_shared=args.is_port_shared,
+        header_timeout_s=args.header_timeout_s,
+        body_timeout_s=args.body_timeout_s,
+        send_timeout_s=args.send_timeout_s,
+    )
 
 
 if __name__ == "__main__":

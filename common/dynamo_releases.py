@@ -23,6 +23,9 @@ Each function below is one row or two. Releases are told apart by what they offe
 import asyncio
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -32,6 +35,8 @@ os.environ["DYN_REQUEST_PLANE"] = "nats"
 os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
 # Response streams come back over TCP from whoever answers. Loopback unless the operator names an interface.
 os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
+# With all three of these etcd is spoken to in TLS; Dynamo ignores one or two of them.
+ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 # The runtime writes two or three lines a request at "info". One line of ours says more, so those stay quiet.
 _QUIET_PER_REQUEST = (
     "dynamo_runtime::pipeline::network::egress=warn",
@@ -78,6 +83,18 @@ def configure_dynamo_logging() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
+@contextmanager
+def _pem_texts() -> Iterator[None]:
+    """Dynamo documents these as files and reads them as PEM text: put the text in their place for a moment."""
+    files = {name: path for name in ETCD_TLS if (path := os.environ.get(name)) and os.path.isfile(path)}
+    os.environ.update({name: Path(path).read_text() for name, path in files.items()})
+    try:
+        yield
+    finally:
+        os.environ.update(files)
+
+
+@_pem_texts()
 def open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
     """Connect to etcd and NATS. Blocks the calling thread; call it off the loop.
 

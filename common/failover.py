@@ -10,14 +10,18 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from common import dynamo_releases
 from common.cancellation import child_context
-from common.errors import BadUpstream, PipelineError, RequestTooLarge
+from common.errors import BadUpstream, PipelineError, RequestTooLarge, Unavailable
 from common.instance_pool import Among, InstancePool
 from common.runtime import Client, Context
-from common.wire import is_aborted, is_error, is_terminal
+from common.server_access import nats_max_payload
+from common.wire import is_aborted, is_error, is_saying_something, is_terminal
 
 MAX_ATTEMPTS = 8
+MAX_EMPTY_CHUNKS = 10_000
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
 
@@ -45,12 +49,13 @@ class FailoverClient:
 
     resume: makes the request for what is left after some dicts were delivered; None means that a broken stream
     cannot go on.
-    wait_s: how long a call waits for an instance before it is `Unavailable`.
+    wait_s: how long a call waits for an instance, and for a first word of one, before it is `Unavailable`.
     """
 
     def __init__(self, client: Client, *, resume: Resume | None = None, wait_s: float = 30.0) -> None:
         self._client = client
         self._resume = resume
+        self._wait_s = wait_s
         self._instances = InstancePool(client, wait_s=wait_s)
 
     async def generate(
@@ -74,17 +79,22 @@ class FailoverClient:
         """
         delivered: list[dict[str, Any]] = []
         num_choices = request.get("n") or 1
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_s
         for _ in range(MAX_ATTEMPTS):
             instance_id = await self._instances.next(context, among)
             if instance_id is None:
                 return
-            num_finished = 0
+            num_finished = num_empty = 0
             try:
                 async with aclosing(self._call(request, instance_id, context)) as stream:
                     async for chunk in stream:
                         data = chunk.data()
                         if is_aborted(data):
                             raise _InstanceFailed("it gave the request up")
+                        num_empty = 0 if is_saying_something(data) else num_empty + 1
+                        if num_empty > MAX_EMPTY_CHUNKS:
+                            raise BadUpstream(f"An instance of {self._client} says nothing, again and again.")
                         delivered.append(data)
                         yield chunk
                         num_finished += is_terminal(data)
@@ -96,6 +106,10 @@ class FailoverClient:
                 if context.is_stopped():
                     return
                 self._instances.rest(instance_id, failure)
+            if delivered:
+                deadline = loop.time() + self._wait_s
+            elif loop.time() > deadline:
+                raise Unavailable(f"No instance of {self._client} answers.")
             if delivered and start_over is not None:
                 start_over()
             elif delivered:
@@ -117,12 +131,17 @@ class FailoverClient:
                     yield chunk
         except Exception as error:
             if dynamo_releases.is_too_large(error, request):
-                raise RequestTooLarge("The request is larger than the message bus carries (max_payload).") from error
+                raise await _too_large(request) from error
             if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
             if dynamo_releases.is_nobody_there(error):
                 self._instances.give_up_on(instance_id)
             raise _InstanceFailed(str(error)) from error
+
+
+async def _too_large(request: dict[str, Any]) -> RequestTooLarge:
+    size, limit = len(msgspec.msgpack.encode(request)), await nats_max_payload()
+    return RequestTooLarge(f"The request takes {size} bytes on NATS, which carries {limit or 'less'} (max_payload).")
 
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:

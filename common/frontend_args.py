@@ -20,7 +20,9 @@ class FrontendArgs:
     max_body_bytes: int = 900_000
     max_concurrency: int = 512
     request_timeout_s: float = 600.0
+    header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
+    send_timeout_s: float = 30.0
     processor_wait_s: float = 30.0
 
 
@@ -66,7 +68,9 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
     number("--max-body-bytes", int, default.max_body_bytes, "largest request body; NATS' max_payload is 1 MB by itself")
     number("--max-concurrency", int, default.max_concurrency, "requests in work at once; more get 429")
     number("--request-timeout", float, default.request_timeout_s, "seconds that one answer may take; then 504")
-    number("--body-timeout", float, default.body_timeout_s, "seconds that a client may take to send its request")
+    number("--header-timeout", float, default.header_timeout_s, "seconds that a client may take to send its headers")
+    number("--body-timeout", float, default.body_timeout_s, "seconds that a client may take to send its body")
+    number("--send-timeout", float, default.send_timeout_s, "seconds without reading until a client is dropped")
     number("--processor-wait", float, default.processor_wait_s, "seconds to wait for a processor before 503")
     args = parser.parse_args(argv)
     keys = [*args.api_key, *os.environ.get("DYN_CHAT_API_KEY", "").split(",")]
@@ -79,6 +83,8 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         max_body_bytes=args.max_body_bytes,
         max_concurrency=args.max_concurrency,
         request_timeout_s=args.request_timeout,
+        header_timeout_s=args.header_timeout,
         body_timeout_s=args.body_timeout,
+        send_timeout_s=args.send_timeout,
         processor_wait_s=args.processor_wait,
     )

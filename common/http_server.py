@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from common.http_deadlines import limit_unread, protocol_with
 from common.runtime import DRAIN_TIMEOUT_S, DistributedRuntime
 
 _BACKLOG = 2048
@@ -28,11 +29,26 @@ def _listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
         sys.exit(f"error: cannot listen on {host}:{port}: {error.strerror}. Choose another one with --port or --host.")
 
 
-async def serve_http(app: Any, runtime: DistributedRuntime, *, host: str, port: int, is_port_shared: bool) -> None:
+async def serve_http(
+    app: Any,
+    runtime: DistributedRuntime,
+    *,
+    host: str,
+    port: int,
+    is_port_shared: bool,
+    header_timeout_s: float,
+    body_timeout_s: float,
+    send_timeout_s: float,
+) -> None:
     """Serve until the worker is told to stop; then finish the requests in flight, up to DRAIN_TIMEOUT_S."""
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=protocol_with(
+            header_timeout_s=header_timeout_s,
+            # The app itself answers 408 first; this is for a client that goes on sending after that.
+            body_timeout_s=body_timeout_s + 1,
+            send_timeout_s=send_timeout_s,
+        ),
         loop="none",
         lifespan="off",
         log_config=None,
@@ -48,6 +64,7 @@ async def serve_http(app: Any, runtime: DistributedRuntime, *, host: str, port: 
 
     runtime.run_in_background(stop_with_worker())
     listener = _listen(host, port, is_shared=is_port_shared)
+    limit_unread(listener, send_timeout_s)
     try:
         await server.serve(sockets=[listener])
     finally:

@@ -10,12 +10,14 @@ import base64
 import http.client
 import json
 import os
+import socket
 import ssl
 import urllib.error
 import urllib.request
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
+from common.dynamo_releases import ETCD_TLS
 from common.servers import ServersMissing, etcd_urls, nats_urls
 
 _TIMEOUT_S = 5.0
@@ -46,25 +48,39 @@ def _etcd_answers(url: str) -> bool:
             token = _ask_etcd(url, "auth/authenticate", {"name": user, "password": password}, tls)["token"]
         _ask_etcd(url, "kv/range", {"key": _INSTANCES}, tls, token)
     except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        if "HTTPS server" in text:
-            raise ServersMissing(f"{where} speaks TLS: write https:// in ETCD_ENDPOINTS.") from None
-        if "authentication is not enabled" in text:  # then nobody is refused
-            return True
-        if error.code in (400, 401, 403) and (user or not os.environ.get("ETCD_AUTH_CLIENT_CERT")):
+        # Without a name in the request, etcd may still know us by our certificate; not through its gateway.
+        if error.code in (400, 401, 403) and (user or not tls):
+            reason = _etcd_reason(error.read())
+            if "not enabled" in reason:  # a name where none is needed does no harm
+                return True
             raise ServersMissing(
-                f"{where} refused us ({_etcd_reason(text)}): look at ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD."
+                f"{where} refused us ({reason}): look at ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD."
             ) from None
         return False
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError, KeyError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        if isinstance(reason, ssl.SSLError):
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, ssl.SSLError):
             raise ServersMissing(
-                f"no TLS with {where} ({_tls_reason(reason)}): look at ETCD_ENDPOINTS, ETCD_AUTH_CA, "
-                "ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY."
+                f"no TLS with {where} ({_tls_reason(cause)}). Dynamo needs {', '.join(ETCD_TLS)} for it, all three, "
+                "and no ETCD_AUTH_USERNAME."
             ) from None
+        if not url.startswith("https") and _speaks_tls(url):
+            raise ServersMissing(f"{where} speaks TLS: write https:// in ETCD_ENDPOINTS.") from None
         return False
     return True
+
+
+def _speaks_tls(url: str) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    address = (urlsplit(url).hostname or "localhost", urlsplit(url).port or 2379)
+    try:
+        with socket.create_connection(address, _TIMEOUT_S) as connection, context.wrap_socket(connection):
+            return True
+    except ssl.SSLError as error:
+        return "ALERT" in (error.reason or "")  # it refuses us, in TLS
+    except OSError:
+        return False
 
 
 def _ask_etcd(
@@ -81,26 +97,25 @@ def _ask_etcd(
 
 
 def _tls_context() -> ssl.SSLContext:
-    """As the runtime's own: its CA instead of the system's, and a certificate for this client.
+    """Trust and certificate as the runtime has them.
 
     Raises:
         ServersMissing: a file cannot be used.
     """
+    ca, certificate, key = (os.environ.get(name) for name in ETCD_TLS)
+    if not (ca and certificate and key) or os.environ.get("ETCD_AUTH_USERNAME"):
+        return ssl.create_default_context()
     try:
-        context = ssl.create_default_context(cafile=os.environ.get("ETCD_AUTH_CA"))
-        certificate = os.environ.get("ETCD_AUTH_CLIENT_CERT")
-        if certificate:
-            context.load_cert_chain(certificate, os.environ.get("ETCD_AUTH_CLIENT_KEY"))
+        context = ssl.create_default_context(cafile=ca)
+        context.load_cert_chain(certificate, key)
     except OSError as error:  # an SSLError is one
-        raise ServersMissing(
-            f"cannot use ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT or ETCD_AUTH_CLIENT_KEY: {error.strerror or error}."
-        ) from None
+        raise ServersMissing(f"cannot use {', '.join(ETCD_TLS)}: {error.strerror or error}.") from None
     return context
 
 
-def _etcd_reason(text: str) -> str:
+def _etcd_reason(body: bytes) -> str:
     try:
-        return str(json.loads(text)["error"]).removeprefix("etcdserver: ")
+        return str(json.loads(body)["error"]).removeprefix("etcdserver: ")
     except (ValueError, KeyError, TypeError):
         return "no reason given"
 
@@ -117,9 +132,9 @@ async def _nats_answers(url: str) -> bool:
             try:
                 info = await _nats_info(reader)
                 is_signed = any(os.environ.get(variable) for variable in _NATS_SIGNING)
-                if not info.get("auth_required") or info.get("tls_required") or is_signed:
-                    return True
-                connect = {"verbose": False, "pedantic": False, "lang": "python", "version": "1", **_nats_login(url)}
+                if not info.get("auth_required") or info.get("tls_required") or is_signed or urlsplit(url).username:
+                    return True  # nothing to show, or nothing that we could show
+                connect = {"verbose": False, "pedantic": False, "lang": "python", "version": "1", **_nats_login()}
                 writer.write(f"CONNECT {json.dumps(connect)}\r\nPING\r\n".encode())
                 answer = (await reader.readline()).decode(errors="replace")
             finally:
@@ -142,18 +157,13 @@ async def _nats_info(reader: asyncio.StreamReader) -> dict[str, Any]:
     return info
 
 
-def _nats_login(url: str) -> dict[str, str]:
-    """The runtime takes the first of these that is there: user and password, token, and those in the URL."""
-    parts = urlsplit(url)
+def _nats_login() -> dict[str, str | None]:
+    """The runtime takes the first of these that is there; it has a user and a password for itself otherwise."""
     user, password = os.environ.get("NATS_AUTH_USERNAME"), os.environ.get("NATS_AUTH_PASSWORD")
     token = os.environ.get("NATS_AUTH_TOKEN")
     if user and password:
         return {"user": user, "pass": password}
-    if token:
-        return {"auth_token": token}
-    if parts.username and parts.password:
-        return {"user": unquote(parts.username), "pass": unquote(parts.password)}
-    return {"auth_token": unquote(parts.username)} if parts.username else {}
+    return {"auth_token": token} if token else {"user": "user", "pass": "user"}
 
 
 async def nats_max_payload() -> int | None:

@@ -160,6 +160,11 @@ def read_processor_chunk(data: Any) -> ProcessorChunk:
     return _read(data, ProcessorChunk, "processor")
 
 
+def is_saying_something(data: Any) -> bool:
+    """Does this dict bring anything? (What is no dict is the reader's to refuse.)"""
+    return not isinstance(data, dict) or any(data.values())
+
+
 def is_terminal(data: Any) -> bool:
     """Does this dict end a stream (or, with several choices, one of them)? `finish_reason: None` does not."""
     return isinstance(data, dict) and (data.get("finish_reason") is not None or data.get("error") is not None)

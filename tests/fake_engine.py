@@ -27,7 +27,10 @@ GARBAGE: dict[str, list[Any]] = {
     "error-text": [{"error": "some internal text"}],
     "logprobs-do-not-match": [{"token_ids": [1, 2], "log_probs": [-0.5]}],
     "empty-stream": [],
+    "huge-junk": [{"junk": "x" * 10_000_000, "token_ids": "abc"}],
+    "huge-list": [{"token_ids": list(range(1_000_000))}],
 }
+ENDLESS: dict[str, Any] = {"endless": {"token_ids": [1] * 100}, "endless-nothing": {}}
 
 
 IM_START, IM_END = 1, 2
@@ -77,9 +80,9 @@ class FakeEngine:
 
     async def answer(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
         args = self.args
-        if args.garbage == "endless":
+        if args.garbage in ENDLESS:
             while not context.is_stopped():
-                yield {"token_ids": [1] * 100}
+                yield ENDLESS[args.garbage]
                 await asyncio.sleep(0)
             return
         if args.garbage:
@@ -115,7 +118,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--echo", action="store_true", help="answer the last message with itself")
     parser.add_argument("--tokens-per-chunk", type=int, default=1)
     parser.add_argument("--token-interval-ms", type=float, default=0.0)
-    parser.add_argument("--garbage", choices=[*GARBAGE, "endless"])
+    parser.add_argument("--garbage", choices=[*GARBAGE, *ENDLESS])
     parser.add_argument("--plain", action="store_true", help="know no more than the chapter")
     return parser.parse_args()
 

@@ -218,8 +218,10 @@ class Pipeline:
         stopped, self.processes = self.processes[num_kept:], self.processes[:num_kept]
         for process in stopped:
             process.running.send_signal(signal.SIGTERM)
-        for process in stopped:
-            process.stop()
+        for process in stopped:  # no second signal: that would end a drain at once
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.running.wait(10)
+            process.kill()
 
     def stop(self) -> None:
         self.stop_all_but(0)
