@@ -1,0 +1,171 @@
+"""Asks the installed Dynamo what docs/dynamo-releases.md says of it, and prints the answer as JSON.
+
+Each question gets a process of its own: 0.5 opens one runtime a process, and Rust reads its variables once.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import uvloop
+
+from tests.processes import Infra
+
+Items = AsyncGenerator[dict[str, Any], None]
+
+
+async def until(condition: Callable[[], Any], timeout_s: float = 20) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def vocabulary(infra: Infra) -> dict[str, Any]:
+    """Which of the chapter's words does Dynamo itself know?"""
+    from dynamo import runtime
+
+    try:
+        runtime.dynamo_worker(static=False)
+    except TypeError:
+        takes_static = False
+    else:
+        takes_static = True
+    return {
+        "dynamo_worker(static=False)": takes_static,
+        "namespace()": hasattr(runtime.DistributedRuntime, "namespace"),
+        "endpoint()": hasattr(runtime.DistributedRuntime, "endpoint"),
+    }
+
+
+async def registration(infra: Infra) -> dict[str, Any]:
+    """With nothing said about planes: what does serving need, and what does it write to etcd?"""
+    from dynamo.runtime import dynamo_worker
+
+    found: dict[str, Any] = {}
+
+    async def handler(request: Any, context: Any) -> Items:
+        yield {}
+
+    @dynamo_worker()
+    async def worker(runtime: Any) -> None:
+        if hasattr(runtime, "namespace"):
+            component = runtime.namespace("inference").component("engine")
+            try:
+                await component.endpoint("too_early").serve_endpoint(handler)
+            except Exception as error:
+                found["without create_service()"] = str(error)
+            await component.create_service()
+            found["create_service() writes"] = infra.etcdctl("get", "--prefix", "")
+            endpoint = component.endpoint("generate")
+        else:
+            endpoint = runtime.endpoint("inference.engine.generate")
+        served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
+        await until(infra.instance_keys)
+        key, _, entry = infra.etcdctl("get", "--prefix", "").partition("\n")
+        found["key"] = key.rstrip("0123456789abcdef")
+        found["transport"] = list(json.loads(entry)["transport"])
+        served.cancel()
+
+    await worker()
+    return found
+
+
+async def etcd_away(infra: Infra) -> dict[str, Any]:
+    """What becomes of a service when etcd comes back with nothing in it?"""
+    from common import dynamo_releases
+
+    async def handler(request: Any, context: Any) -> Items:
+        yield {}
+
+    runtime = dynamo_releases.open_runtime(asyncio.get_running_loop())
+    endpoint = await dynamo_releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
+    served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
+    await until(infra.instance_keys)
+    infra.etcd.kill()
+    infra.forget()
+    started = time.monotonic()
+    infra.etcd.start()
+    await until(served.done)
+    found: dict[str, Any] = {"ends within a second": time.monotonic() - started < 1}
+    try:
+        await asyncio.to_thread(dynamo_releases.open_runtime, asyncio.get_running_loop())
+    except Exception as error:
+        found["another runtime"] = str(error)
+    else:
+        found["another runtime"] = "opens"
+    return found | {"CAN_REOPEN": dynamo_releases.CAN_REOPEN}
+
+
+async def calls(infra: Infra) -> dict[str, Any]:
+    """How do calls fail, and what becomes of a stop that comes before the first item?"""
+    from common import dynamo_releases
+
+    async def handler(request: dict[str, Any], context: Any) -> Items:
+        if request["ask"] == "raise":
+            raise ValueError("a bug")
+        for number in range(20):
+            if context.is_stopped():
+                return
+            yield {"number": number}
+            await asyncio.sleep(0.05)
+
+    runtime = dynamo_releases.open_runtime(asyncio.get_running_loop())
+    endpoint = await dynamo_releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
+    served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
+    client = await endpoint.client()
+    await until(client.instance_ids)
+    (instance_id,) = client.instance_ids()
+
+    async def failure(request: dict[str, Any], instance_id: int) -> dict[str, bool]:
+        try:
+            async for _ in await client.direct(request, instance_id, context=dynamo_releases.Context()):
+                pass
+        except Exception as error:
+            return {
+                "by the worker": dynamo_releases.is_raised_by_worker(error),
+                "too large": dynamo_releases.is_too_large(error, request),
+                "ruled out": dynamo_releases.is_ruled_out(client, instance_id, error),
+            }
+        return {}
+
+    async def num_items_after_an_early_stop(*, repeat: bool) -> int:
+        context = dynamo_releases.Context()
+        context.stop_generating()
+        stream = await client.direct({"ask": "count"}, instance_id, context=context)
+        if repeat:
+            dynamo_releases.repeat_early_stop(context)
+        return len([item async for item in stream])
+
+    found = {
+        "an early stop arrives": await num_items_after_an_early_stop(repeat=False) < 20,
+        "an early stop arrives, repeated": await num_items_after_an_early_stop(repeat=True) < 20,
+        "raised": await failure({"ask": "raise"}, instance_id),
+        "nobody": await failure({"ask": "count"}, 1234),
+    }
+    started = time.monotonic()
+    found["too large"] = await failure({"ask": "x" * 2_000_000}, instance_id)
+    found["too large is known at once"] = time.monotonic() - started < 2
+    runtime.shutdown()
+    await served
+    return found
+
+
+async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:
+    with TemporaryDirectory() as folder:
+        infra = Infra(Path(folder)).start()
+        os.environ.update(infra.env)
+        try:
+            print(json.dumps(await question(infra)), flush=True)
+        finally:
+            infra.stop()
+    os._exit(0)  # Dynamo's threads would complain about the servers' end
+
+
+if __name__ == "__main__":
+    uvloop.run(main({q.__name__: q for q in (vocabulary, registration, etcd_away, calls)}[sys.argv[1]]))

@@ -1,0 +1,146 @@
+"""What docs/dynamo-releases.md says of three Dynamo releases, asked of the one that is installed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.processes import MODEL, ROOT, Infra, Pipeline, running, wait_until
+
+pytestmark = pytest.mark.process
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 20}
+
+RELEASE = version("ai-dynamo-runtime")
+IS_0_5, IS_1 = RELEASE.startswith("0.5."), RELEASE.startswith("1.")
+
+
+def ask(question: str, **variables: str) -> tuple[dict[str, Any], str]:
+    """Dynamo's answer, and what it logged."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ask_dynamo", question],
+        cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer, done.stderr + done.stdout
+
+
+def test_the_words_of_the_chapter() -> None:
+    assert ask("vocabulary")[0] == {
+        "dynamo_worker(static=False)": not IS_1,
+        "namespace()": not IS_1,
+        "endpoint()": IS_1,
+    }
+
+
+def test_serving_and_what_it_writes() -> None:
+    announcing = {"without create_service()": "Service not found", "create_service() writes": ""}
+    assert ask("registration")[0] == ({} if IS_1 else announcing) | {
+        "key": ("" if IS_0_5 else "v1/") + "instances/inference/engine/generate" + (":" if IS_0_5 else "/"),
+        "transport": ["tcp" if IS_1 else "nats_tcp"],
+    }
+
+
+def test_the_log_variable_of_dynamo_itself() -> None:
+    assert " DEBUG " not in ask("registration", DYN_LOG_LEVEL="debug", DYN_SDK_DISABLE_ANSI_LOGGING="1")[1]
+    assert " DEBUG " in ask("registration", DYN_LOG="debug", DYN_SDK_DISABLE_ANSI_LOGGING="1")[1]
+
+
+def test_an_empty_etcd_ends_a_runtime() -> None:
+    assert ask("etcd_away")[0] == {
+        "ends within a second": IS_0_5,
+        "another runtime": "Worker already initialized" if IS_0_5 else "opens",
+        "CAN_REOPEN": not IS_0_5,
+    }
+
+
+def test_failed_and_stopped_calls() -> None:
+    nothing = {"by the worker": False, "too large": False, "ruled out": False}
+    assert ask("calls")[0] == {
+        "an early stop arrives": not IS_0_5,
+        "an early stop arrives, repeated": True,
+        "raised": nothing | {"by the worker": True},
+        "nobody": nothing,
+        "too large": nothing | {"too large": True},
+        "too large is known at once": IS_1,
+    }
+
+
+@pytest.fixture
+def scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
+    pipeline = Pipeline(own_infra, tmp_path / "scripts")
+    with running(pipeline):
+        pipeline.frontend()
+        pipeline.processor()
+        yield pipeline
+
+
+def chat(pipeline: Pipeline, **fields: object) -> httpx.Response:
+    return httpx.post(f"{pipeline.url}/v1/chat/completions", json=CHAT | fields, timeout=60)
+
+
+def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(scripts: Pipeline) -> None:
+    engine = scripts.fake_engine("--token-interval-ms", "50")
+    scripts.wait_ready()
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(chat, scripts, max_tokens=100)
+        wait_until(lambda: "running 1" in engine.log, 20, "a request in work")
+        engine.running.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping" in engine.log, 5, "the stop")
+        time.sleep(1)  # the answer takes five
+        is_registered = any("engine" in key for key in scripts.infra.instance_keys())
+        assert engine.is_alive
+        other = scripts.fake_engine()
+        wait_until(lambda: "serving" in other.log, 20, "another engine")
+        assert chat(scripts).status_code == 200
+        assert not answer.done()
+        assert engine.log.count("running 1") == 1
+        assert answer.result().json()["usage"]["completion_tokens"] == 100
+    assert is_registered is IS_0_5
+    assert engine.running.wait(20) == 0
+    assert sum("engine" in key for key in scripts.infra.instance_keys()) == 1
+
+
+def test_an_engine_that_missed_a_request_is_asked_again(scripts: Pipeline) -> None:
+    """0.5 would never again call an instance that once was not there, though it is back."""
+    engine = scripts.fake_engine()
+    scripts.wait_ready()
+    assert chat(scripts).status_code == 200
+    engine.running.send_signal(signal.SIGSTOP)
+    try:
+        scripts.infra.nats.kill()
+        scripts.infra.nats.start()
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(chat, scripts)
+            wait_until(lambda: "failed: " in scripts.processes[1].log, 20, "a call that nobody takes")
+            engine.running.send_signal(signal.SIGCONT)
+            assert answer.result().status_code == 200
+    finally:
+        engine.running.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.skipif(not IS_0_5, reason="tests/test_faults.py: other releases live through an outage")
+def test_the_loss_of_etcd_ends_each_script_with_one_line(scripts: Pipeline) -> None:
+    scripts.fake_engine()
+    scripts.wait_ready()
+    scripts.infra.etcd.kill()
+    scripts.infra.etcd.start()
+    for process in scripts.processes:
+        assert process.running.wait(20) == 1
+        assert process.log.splitlines()[-1].startswith("error: ")
+        assert "start it again" in process.log.splitlines()[-1]
+        process.start()
+    scripts.wait_ready()
+    assert chat(scripts).status_code == 200
