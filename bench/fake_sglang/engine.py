@@ -23,8 +23,9 @@ from typing import Any
 
 _STEP_S = float(os.environ.get("FAKE_STEP_MS", "1")) / 1000
 _ITEM_S = float(os.environ.get("FAKE_ITEM_US", "0")) / 1e6
-_FIRST_TOKEN_ID = 1000  # plain words in the tokenizers of SmolLM2 and Qwen
 _NUM_TOKEN_IDS = 4000
+# Plain words in the tokenizers of SmolLM2 and Qwen; long enough to start anywhere in the first cycle.
+_TOKEN_IDS = [1000 + index * 7 % _NUM_TOKEN_IDS for index in range(_NUM_TOKEN_IDS + 32768)]
 _DEFAULT_MAX_NEW_TOKENS = 128
 
 
@@ -39,21 +40,19 @@ class SignalHandler:
 
 @dataclass
 class Request:
-    """num_sent: tokens that went into items already; items: those that the consumer has not taken yet."""
+    """items: those that the consumer has not taken yet. started_at_step: its first token comes with the next step."""
 
     rid: str
     num_prompt_tokens: int
     max_new_tokens: int
     is_stream: bool
     stream_interval: int
-    position: int
+    started_at_step: int = 0
     output_ids: list[int] = field(default_factory=list)
-    num_sent: int = 0
     items: list[dict[str, Any]] = field(default_factory=list)
     is_aborted: bool = False
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
-    @property
     def finish_reason(self) -> dict[str, Any] | None:
         if self.is_aborted:
             return {"type": "abort", "message": "Aborted"}
@@ -61,14 +60,17 @@ class Request:
             return {"type": "length", "length": self.max_new_tokens}
         return None
 
-    def is_item_due(self) -> bool:
+    def tokens_until_item(self) -> int:
+        """The first token comes alone, as SGLang's `len(output_ids) % stream_interval == 1` has it."""
         if not self.is_stream:
-            return False
-        return self.stream_interval <= 1 or len(self.output_ids) % self.stream_interval == 1
+            return self.max_new_tokens
+        if not self.output_ids:
+            return 1
+        return min(self.stream_interval, self.max_new_tokens - len(self.output_ids))
 
 
 class TokenizerManager:
-    """Steps of the model, and the requests that wait for them."""
+    """Steps of the model, and the requests that wait for them. A step costs what its items cost, and nothing else."""
 
     signal_handler_class: type = SignalHandler
 
@@ -80,11 +82,15 @@ class TokenizerManager:
         self.rid_to_state: dict[str, Request] = {}
         self._is_incremental = bool(server_args.incremental_streaming_output)
         self._default_interval = server_args.stream_interval
+        self._num_steps = 0
+        self._due: dict[int, list[Request]] = {}
         self._stepping: asyncio.Task[None] | None = None
 
     async def generate(self, request: Request) -> AsyncGenerator[dict[str, Any], None]:
         request.stream_interval = request.stream_interval or self._default_interval
+        request.started_at_step = self._num_steps
         self.rid_to_state[request.rid] = request
+        self._schedule(request, request.tokens_until_item())
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.create_task(self._step_while_busy())
         while True:
@@ -99,8 +105,13 @@ class TokenizerManager:
                 return
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
-        if request := self.rid_to_state.get(rid):
+        request = self.rid_to_state.get(rid)
+        if request is not None and not request.is_aborted:
             request.is_aborted = True
+            self._schedule(request, 1)
+
+    def _schedule(self, request: Request, num_steps: int) -> None:
+        self._due.setdefault(self._num_steps + num_steps, []).append(request)
 
     async def _step_while_busy(self) -> None:
         next_step = time.perf_counter() + _STEP_S
@@ -110,31 +121,34 @@ class TokenizerManager:
                 await asyncio.sleep(next_step - now)
             # Steps that came due while this process was busy have all happened, as in a process of their own.
             while next_step <= time.perf_counter() and self.rid_to_state:
-                self._step()
+                self._num_steps += 1
                 next_step += _STEP_S
+                for request in self._due.pop(self._num_steps, ()):
+                    if request.rid in self.rid_to_state:
+                        self._add_item(request)
             await asyncio.sleep(0)
 
-    def _step(self) -> None:
-        for request in list(self.rid_to_state.values()):
-            request.position += 1
-            request.output_ids.append(_FIRST_TOKEN_ID + request.position * 7 % _NUM_TOKEN_IDS)
-            finish_reason = request.finish_reason
-            if finish_reason is None and not request.is_item_due():
-                continue
-            if finish_reason is not None:
-                del self.rid_to_state[request.rid]
-            request.items.append(self._item(request, finish_reason))
-            request.event.set()
-            if _ITEM_S:
-                until = time.perf_counter() + _ITEM_S
-                while time.perf_counter() < until:
-                    pass
+    def _add_item(self, request: Request) -> None:
+        num_sent = len(request.output_ids)
+        num_tokens = min(self._num_steps - request.started_at_step, request.max_new_tokens)
+        first = request.num_prompt_tokens % _NUM_TOKEN_IDS
+        request.output_ids += _TOKEN_IDS[first + num_sent : first + num_tokens]
+        finish_reason = request.finish_reason()
+        if finish_reason is not None:
+            del self.rid_to_state[request.rid]
+        else:
+            self._schedule(request, request.tokens_until_item())
+        request.items.append(self._item(request, num_sent, finish_reason))
+        request.event.set()
+        if _ITEM_S:
+            until = time.perf_counter() + _ITEM_S
+            while time.perf_counter() < until:
+                pass
 
-    def _item(self, request: Request, finish_reason: dict[str, Any] | None) -> dict[str, Any]:
+    def _item(self, request: Request, num_sent: int, finish_reason: dict[str, Any] | None) -> dict[str, Any]:
         output_ids = request.output_ids
         if self._is_incremental and request.is_stream:
-            output_ids = output_ids[request.num_sent :]
-            request.num_sent = len(request.output_ids)
+            output_ids = output_ids[num_sent:]
         elif finish_reason is not None:
             output_ids = output_ids.copy()
         meta_info = {
@@ -175,7 +189,6 @@ class Engine:
             max_new_tokens=params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS,
             is_stream=stream,
             stream_interval=params.get("stream_interval") or 0,
-            position=self._num_requests * 31,
         )
         generator = self.tokenizer_manager.generate(request)
         return generator if stream else await anext(generator)
