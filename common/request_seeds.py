@@ -18,6 +18,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling import sampling_batch_info
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+from common.seeded_sampling import kept_tokens, sample_with_seeds, to_int64
+
 SAMPLING_BACKENDS = ("flashinfer", "pytorch")
 
 
@@ -83,74 +85,20 @@ class SeededSampler(Sampler):  # type: ignore[misc]
         positions: torch.Tensor,
         simple_sampling_case: bool,
     ) -> torch.Tensor:
-        token_ids: torch.Tensor = super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
         seeded = [(row, seed) for row, seed in enumerate(sampling_info.request_seeds) if seed is not None]
+        if len(seeded) < len(probs):
+            token_ids = super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+        else:
+            token_ids = torch.empty(len(probs), dtype=torch.int32, device=probs.device)
         if seeded:
             rows = torch.tensor([row for row, _ in seeded], device=probs.device)
-            seeds = torch.tensor([_to_int64(seed) for _, seed in seeded], device=probs.device)
-            token_ids[rows] = sample_with_seeds(
-                probs[rows],
-                seeds,
-                positions[rows],
-                top_ks=sampling_info.top_ks[rows],
-                top_ps=sampling_info.top_ps[rows],
-                min_ps=sampling_info.min_ps[rows],
-            ).to(token_ids.dtype)
+            seeds = torch.tensor([to_int64(seed) for _, seed in seeded], device=probs.device)
+            is_kept = (
+                None
+                if simple_sampling_case
+                else kept_tokens(
+                    probs[rows], sampling_info.top_ks[rows], sampling_info.top_ps[rows], sampling_info.min_ps[rows]
+                )
+            )
+            token_ids[rows] = sample_with_seeds(probs[rows], seeds, positions[rows], is_kept).to(token_ids.dtype)
         return token_ids
-
-
-def sample_with_seeds(
-    probs: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    top_ks: torch.Tensor,
-    top_ps: torch.Tensor,
-    min_ps: torch.Tensor,
-) -> torch.Tensor:
-    """Draw one token a row, the filters meaning what they mean in SGLang's own sampler.
-
-    probs: (rows, vocabulary). All others: (rows,), int64 or float. Returns (rows,) token ids.
-    The noise belongs to a token id, not to its rank, so that two nearly equal tokens
-    changing places changes nothing.
-    """
-    sorted_probs, sorted_ids = probs.to(torch.float64).sort(dim=-1, descending=True)
-    preceding_mass = sorted_probs.cumsum(dim=-1) - sorted_probs
-    ranks = torch.arange(probs.shape[-1], device=probs.device)
-    is_kept = (
-        (ranks < top_ks[:, None])
-        & (preceding_mass <= top_ps[:, None])
-        & (sorted_probs >= sorted_probs[:, :1] * min_ps[:, None])
-    )
-    noise = gumbel_noise(seeds, positions, probs.shape[-1]).gather(1, sorted_ids)
-    scores = torch.where(is_kept, sorted_probs.log() + noise, -torch.inf)
-    return sorted_ids.gather(1, scores.argmax(dim=-1, keepdim=True)).view(-1)
-
-
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Make (rows, vocab_size) float64 noise from seeds and positions alone, by splitmix64.
-
-    A counter-based generator, because `torch.Generator` takes one seed a call and differs
-    between devices. Adding Gumbel noise to log-probabilities and taking the largest is a
-    draw from the distribution.
-    """
-    token_ids = torch.arange(vocab_size, device=seeds.device)
-    streams = _mix(_mix(seeds) + positions.to(torch.int64))
-    bits = _mix(streams[:, None] + token_ids * _to_int64(0x9E3779B97F4A7C15))
-    uniform = (_shift_right(bits, 12).to(torch.float64) + 0.5) * 2.0**-52  # in (0, 1), never either
-    return -(-uniform.log()).log()
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _shift_right(x, 30)) * _to_int64(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _to_int64(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: torch.Tensor, num_bits: int) -> torch.Tensor:
-    return (x >> num_bits) & ((1 << (64 - num_bits)) - 1)
-
-
-def _to_int64(value: int) -> int:
-    """Fold an integer of any size into the int64 with the same low 64 bits."""
-    return ((value + 2**63) % 2**64) - 2**63
