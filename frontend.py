@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
 from common.chat_responses import Answer, AnswerStream, models_json, sse
+from common.deadline import before
 from common.disconnect import until_disconnected
 from common.errors import BadUpstream, DeadlineExceeded, InternalError, ModelNotFound, PipelineError, Unavailable
 from common.failover import FailoverClient
@@ -94,18 +95,17 @@ class RequestHandler:
         self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any], answer: Answer | None = None
     ) -> AsyncGenerator[ProcessorChunk, None]:
         """A processor's chunks for one request, until the last one, the deadline, or until nobody listens."""
-        context = Context(chat_id)
-        deadline = asyncio.get_running_loop().call_later(self.args.request_timeout_s, context.stop_generating)
+        deadline = asyncio.get_running_loop().time() + self.args.request_timeout_s
+        response_stream = self.processor.generate(
+            body,
+            context=Context(chat_id),
+            among=lambda: self.models.instances_for(chat.model),
+            start_over=answer.start_over if answer else None,
+        )
+        num_characters = 0
         try:
-            response_stream = self.processor.generate(
-                body,
-                context=context,
-                among=lambda: self.models.instances_for(chat.model),
-                start_over=answer.start_over if answer else None,
-            )
-            num_characters = 0
             async with aclosing(response_stream):
-                async for chunk in response_stream:
+                async for chunk in before(deadline, response_stream):
                     data = read_processor_chunk(chunk.data())
                     if data.index >= chat.n:
                         raise BadUpstream("The processor answered a choice that nobody asked for.")
@@ -113,10 +113,8 @@ class RequestHandler:
                     if num_characters > MAX_ANSWER_CHARACTERS:
                         raise BadUpstream("The processor's answer does not end.")
                     yield data
-            if context.is_stopped():
-                raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:.0f} seconds.")
-        finally:
-            deadline.cancel()
+        except TimeoutError:
+            raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:g} seconds.") from None
 
 
 def create_app(processor_client: Client, engine_client: Client, args: FrontendArgs) -> FastAPI:

@@ -5,6 +5,8 @@ import logging
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.chat_responses import error_json
 from common.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFound, PipelineError
@@ -34,12 +36,37 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return error_response(InvalidRequest(str(error.detail)), headers)
 
 
-async def _on_bug(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(InternalError("The server had an error while processing your request."))
+class CatchAll:
+    """Answers 500 to an exception that nobody has handled, and nothing to a client that went away.
+
+    It sits inside the other middleware, so that this answer has their headers, too; Starlette's own is outside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            if is_started:
+                raise  # the server logs it, and breaks the connection off
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            error = InternalError("The server had an error while processing your request.")
+            await error_response(error)(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:
+    """Call before any other middleware is added: the last one added is the outermost."""
     app.add_exception_handler(PipelineError, _on_pipeline_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(CatchAll)
