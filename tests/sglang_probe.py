@@ -1,0 +1,119 @@
+"""SGLang asked, without an engine, in one process for all tests: importing it takes ten seconds.
+
+A process of its own, because that import warns, and because SGLang's arguments write to the environment.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+COMMAND_LINES = {
+    "plain": [],
+    "explicit": [
+        *("--max-total-tokens", "4096", "--mem-fraction-static", "0.3", "--grammar-backend", "outlines"),
+        *("--log-level", "error", "--context-length", "1024"),
+    ],
+    "incremental": ["--incremental-streaming-output"],
+    "cuda": ["--device", "cuda"],
+    "unknown": ["--no-such-option"],
+    "impossible": ["--page-size", "0", "--schedule-policy", "no-such-policy"],
+}
+
+
+@functools.cache
+def probe() -> dict[str, Any]:
+    """What SGLang makes of each command line, and of our platform, on a machine without a GPU."""
+    hidden = ("SGLANG", "OMP_", "GLOO_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(CONFIG))
+        answer = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "tests.sglang_probe", folder],
+            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def answer(folder: str) -> dict[str, Any]:
+    return {"arguments": dict(parsed(folder)), "environment": dict(os.environ), **platform()}
+
+
+def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from common.engine_args import parse_engine_args
+    from common.request_seeds import supports_seed
+
+    for name, options in COMMAND_LINES.items():
+        stderr = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(stderr):
+                server_args = parse_engine_args(["--model-path", folder, *options])
+        except SystemExit as exit_:
+            yield name, {"exit_code": exit_.code, "stderr": stderr.getvalue()}
+        else:
+            plain = {field: value for field, value in vars(server_args).items() if isinstance(value, str | int | float)}
+            graphs = server_args.cuda_graph_config
+            yield (
+                name,
+                {**plain, "graphs": [graphs.decode.backend, graphs.prefill.backend]}
+                | {"supports_seed": supports_seed(server_args)},
+            )
+
+
+def platform() -> dict[str, Any]:
+    from sglang.srt.platforms import current_platform
+
+    from common.cpu_platform import CpuTorchNativePlatform
+
+    try:
+        CpuTorchNativePlatform().get_paged_allocator_cls()(16, page_size=4)
+    except ValueError as error:
+        page_size_error = str(error)
+    return {
+        "current_platform": type(current_platform).__name__,
+        "activated": activated(),
+        "page_size_error": page_size_error,
+        "attention_backend": CpuTorchNativePlatform().get_default_attention_backend(),
+    }
+
+
+def activated() -> dict[str, str | None]:
+    from unittest.mock import patch
+
+    from common.cpu_platform import activate
+
+    found = {"no accelerator": activate()}
+    with patch("torch.cuda.is_available", return_value=True):
+        found["cuda"] = activate()
+    with patch("torch.accelerator.is_available", return_value=True):
+        found["another accelerator"] = activate()
+    with patch.dict(os.environ, SGLANG_USE_CPU_ENGINE="1"):
+        found["SGLang's CPU engine"] = activate()
+    return found
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(answer(sys.argv[1])))
