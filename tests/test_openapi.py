@@ -1,4 +1,4 @@
-"""The OpenAPI document, held against the running frontend and processor by schemathesis.
+"""The OpenAPI document, held against the running frontend and processor by schemathesis; and the page for people.
 
 FUZZ_SECONDS (default 60) is how long it tries in all, FUZZ_SEED which cases it tries.
 """
@@ -14,8 +14,11 @@ import httpx
 import pytest
 import schemathesis
 
+from common.errors import PipelineError
 from common.frontend_args import FrontendArgs
+from common.openai_api import NO_OPS, ChatCompletionRequest
 from common.openapi import openapi_document
+from common.strict_model import IGNORED
 from frontend import create_app
 from tests.frontends import frontend_beside
 from tests.processes import ROOT, Pipeline
@@ -95,3 +98,25 @@ def test_the_key_is_documented_where_one_is_required() -> None:
         for operation in methods.values():
             assert ("401" in operation["responses"]) == ("security" in operation) == path.startswith("/v1/")
     assert "security" not in str(openapi_document(is_key_required=False))
+
+
+def page_rows(title: str) -> list[list[str]]:
+    """The cells of a table in docs/openai-api.md."""
+    section = (ROOT / "docs" / "openai-api.md").read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line][2:]
+
+
+def test_the_page_tells_of_each_field_what_becomes_of_it() -> None:
+    told = {name: row[1] for row in page_rows("Fields of a request") for name in re.findall(r"`(\w+)`", row[0])}
+    assert told.keys() == ChatCompletionRequest.model_fields.keys() | NO_OPS.keys()
+    for name, values in NO_OPS.items():
+        assert told[name] == ("ignored" if values is IGNORED or values == (True, False) else "refused")
+
+
+def test_the_page_has_every_error() -> None:
+    told = {(int(row[0]), code) for row in page_rows("Errors") for code in re.findall(r"null|(?<=`)\w+(?=`)", row[1])}
+    pending, known = [PipelineError], set()
+    while pending:
+        pending += (subclasses := pending.pop().__subclasses__())
+        known |= {(error.status, error.code or "null") for error in subclasses}
+    assert told == known
