@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+DYNAMO = version("ai-dynamo-runtime")
 MODEL = "models/SmolLM2-135M-Instruct"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

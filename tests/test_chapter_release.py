@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tests.processes import MODEL, ROOT, Infra, Pipeline, running, wait_until
+from tests.processes import DYNAMO, MODEL, ROOT, Infra, Pipeline, running, wait_until
 
-RELEASE = version("ai-dynamo-runtime")
 SERVICES = [("engine", "generate"), ("processor", "process")]
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
 
@@ -108,7 +106,7 @@ def entry_of_the_chapter(component: str, endpoint: str, lease: str) -> str:
 
 
 @pytest.mark.process
-@pytest.mark.skipif(not RELEASE.startswith("0.5."), reason="other releases write these entries otherwise")
+@pytest.mark.skipif(not DYNAMO.startswith("0.5."), reason="other releases write these entries otherwise")
 def test_etcd_prints_the_two_entries_of_the_chapter(chapter: Pipeline) -> None:
     printed = chapter.infra.etcdctl("get", "--prefix", "instances")
     leases = re.findall(r"^instances/\S+:([0-9a-f]+)$", printed, re.MULTILINE)
@@ -118,7 +116,7 @@ def test_etcd_prints_the_two_entries_of_the_chapter(chapter: Pipeline) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.skipif(RELEASE.startswith("0.5."), reason="this release writes the entries of the chapter")
+@pytest.mark.skipif(DYNAMO.startswith("0.5."), reason="this release writes the entries of the chapter")
 def test_etcd_prints_the_same_two_services_on_one_line_each(chapter: Pipeline) -> None:
     assert chapter.infra.etcdctl("get", "--prefix", "instances") == ""
     lines = chapter.infra.etcdctl("get", "--prefix", "v1/instances").splitlines()

@@ -8,21 +8,19 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.processes import MODEL, ROOT, Infra, Pipeline, running, wait_until
+from tests.processes import DYNAMO, MODEL, ROOT, Infra, Pipeline, running, wait_until
 
 pytestmark = pytest.mark.process
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 20}
 
-RELEASE = version("ai-dynamo-runtime")
-IS_0_5, IS_1 = RELEASE.startswith("0.5."), RELEASE.startswith("1.")
+IS_0_5, IS_1 = DYNAMO.startswith("0.5."), DYNAMO.startswith("1.")
 
 
 def ask(question: str, **variables: str) -> tuple[dict[str, Any], str]:

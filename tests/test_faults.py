@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import MODEL, Infra, Pipeline, Process, running, wait_until
+from tests.processes import DYNAMO, MODEL, Infra, Pipeline, Process, running, wait_until
 from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
@@ -255,6 +255,8 @@ def test_a_stop_string_stops_the_engine(scripts: Pipeline) -> None:
 @pytest.mark.parametrize("outage_s", [3, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("server", ["etcd", "etcd with an empty store", "nats"])
 def test_the_pipeline_lives_through_an_outage(scripts: Pipeline, server: str, outage_s: int) -> None:
+    if "etcd" in server and DYNAMO.startswith("0.5."):
+        pytest.skip("this Dynamo cannot connect anew: tests/test_dynamo_releases.py")
     scripts.fake_engine()
     scripts.wait_ready()
     pids = [process.pid for process in scripts.processes]
