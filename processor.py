@@ -29,6 +29,7 @@ from common.sampling import check_logit_bias, engine_request, remaining_request
 from common.wire import (
     EngineChunk,
     EngineRequest,
+    LogprobEntry,
     ProcessorChunk,
     ProcessorDescription,
     Usage,
@@ -163,8 +164,8 @@ class Choice:
                 return  # leaving the engine's stream stops the engine
 
     def _with_logprobs(
-        self, so_far: list[dict[str, Any]] | None, data: EngineChunk, num_tokens: int
-    ) -> list[dict[str, Any]] | None:
+        self, so_far: list[LogprobEntry] | None, data: EngineChunk, num_tokens: int
+    ) -> list[LogprobEntry] | None:
         if self.chat.num_top_logprobs is None:
             return None
         entries = logprob_entries(

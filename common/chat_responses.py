@@ -10,7 +10,7 @@ import orjson
 from fastapi.sse import format_sse_event
 
 from common.errors import PipelineError
-from common.wire import ProcessorChunk, Usage
+from common.wire import LogprobEntry, ProcessorChunk, Usage
 
 DONE = format_sse_event(data_str="[DONE]")
 
@@ -20,7 +20,7 @@ def sse(event: dict[str, Any]) -> bytes:
     return format_sse_event(data_str=orjson.dumps(event).decode())
 
 
-def _logprobs(entries: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+def _logprobs(entries: list[LogprobEntry] | None) -> dict[str, Any] | None:
     return None if entries is None else {"content": entries, "refusal": None}
 
 

@@ -122,7 +122,7 @@ _DEFAULT_CODES: dict[str | None, type[PipelineError]] = {
 
 def from_wire(error: Any) -> PipelineError:
     """The error that a worker sent. What cannot be read is a `BadUpstream`, without the worker's text."""
-    if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+    if not isinstance(error, dict) or not isinstance(error.get("message"), str) or not error["message"]:
         return BadUpstream("The model worker reported an error that cannot be read.")
     param = error.get("param") if isinstance(error.get("param"), str) else None
     code = error.get("code") if isinstance(error.get("code"), str) else None

@@ -5,6 +5,7 @@ left to do, if its caller says how (`resume`), or from its beginning, if its cal
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from common.wire import is_aborted, is_error, is_saying_something, is_terminal
 
 MAX_ATTEMPTS = 8
 MAX_EMPTY_CHUNKS = 10_000
+# Dynamo's own words around a request count for NATS, not for its client: it sends what NATS then refuses.
+_HEADERS_BYTES = 1024
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
 
@@ -135,13 +138,19 @@ class FailoverClient:
             if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
             if dynamo_releases.is_nobody_there(error):
+                if _size(request) > (await nats_max_payload() or sys.maxsize) - _HEADERS_BYTES:
+                    raise await _too_large(request) from error
                 self._instances.give_up_on(instance_id)
             raise _InstanceFailed(str(error)) from error
 
 
+def _size(request: dict[str, Any]) -> int:
+    return len(msgspec.msgpack.encode(request))
+
+
 async def _too_large(request: dict[str, Any]) -> RequestTooLarge:
-    size, limit = len(msgspec.msgpack.encode(request)), await nats_max_payload()
-    return RequestTooLarge(f"The request takes {size} bytes on NATS, which carries {limit or 'less'} (max_payload).")
+    limit = await nats_max_payload() or "less"
+    return RequestTooLarge(f"The request takes {_size(request)} bytes on NATS, which carries {limit} (max_payload).")
 
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:

@@ -7,16 +7,15 @@ ends the sequence, has null for its bytes.
 import functools
 import math
 from collections.abc import Set
-from typing import Any
 
 from common.token_bytes import TokenBytes
-from common.wire import EngineChunk
+from common.wire import EngineChunk, LogprobEntry, TokenLogprob
 
 # JSON has no -Infinity; OpenAI sends this for a token that could not have been chosen.
 _LOWEST = -9999.0
 
 
-def _entry(token_bytes: TokenBytes, hidden_ids: Set[int], token_id: int, logprob: float) -> dict[str, Any]:
+def _entry(token_bytes: TokenBytes, hidden_ids: Set[int], token_id: int, logprob: float) -> TokenLogprob:
     raw = token_bytes.bytes_of(token_id)
     return {
         "token": raw.decode("utf-8", errors="replace"),
@@ -27,7 +26,7 @@ def _entry(token_bytes: TokenBytes, hidden_ids: Set[int], token_id: int, logprob
 
 def logprob_entries(
     chunk: EngineChunk, num_tokens: int, num_top_logprobs: int, token_bytes: TokenBytes, hidden_ids: Set[int]
-) -> list[dict[str, Any]] | None:
+) -> list[LogprobEntry] | None:
     """One entry for each of the chunk's first `num_tokens` tokens; None where the engine sent no logprobs.
 
     hidden_ids: the tokens that the text leaves out.
@@ -37,7 +36,9 @@ def logprob_entries(
     best = chunk.top_logprobs or [[]] * len(chunk.token_ids)
     entry = functools.partial(_entry, token_bytes, hidden_ids)
     return [
-        entry(token_id, logprob)
-        | {"top_logprobs": [entry(*alternative) for alternative in alternatives[:num_top_logprobs]]}
+        {
+            **entry(token_id, logprob),
+            "top_logprobs": [entry(*alternative) for alternative in alternatives[:num_top_logprobs]],
+        }
         for token_id, logprob, alternatives in zip(chunk.token_ids[:num_tokens], chunk.log_probs, best, strict=False)
     ]

@@ -11,7 +11,7 @@ still fits on every hop. `{"describe": true}` asks a worker what it serves; one 
 answers with an error and is taken as it is.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -92,16 +92,30 @@ class Usage(msgspec.Struct):
     total_tokens: int
 
 
+class TokenLogprob(TypedDict):
+    """A token, its logprob, and its UTF-8 bytes, None where it has none of its own."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class LogprobEntry(TokenLogprob):
+    """OpenAI's entry for one token of the text."""
+
+    top_logprobs: list[TokenLogprob]
+
+
 class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     """A piece of one choice's text, the end of that choice, or both. `usage` comes with the last chunk of all.
 
-    logprobs: OpenAI's entries, {"token", "logprob", "bytes", "top_logprobs"}, for the tokens behind `content`.
+    logprobs: one entry for each token behind `content`.
     """
 
     index: Annotated[int, Meta(ge=0)] = 0
     content: str = ""
     finish_reason: FinishReason | None = None
-    logprobs: list[dict[str, Any]] | None = None
+    logprobs: list[LogprobEntry] | None = None
     usage: Usage | None = None
     error: Any = None
 

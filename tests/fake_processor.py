@@ -20,6 +20,7 @@ GARBAGE: dict[str, list[Any]] = {
     "choice-nobody-asked-for": [{"index": 5, "content": "a"}],
     "wrong-usage": [{"content": "a", "finish_reason": "stop", "usage": {"prompt_tokens": "many"}}],
     "wrong-logprobs": [{"content": "a", "logprobs": [7]}],
+    "bytes-in-logprobs": [{"content": "a", "logprobs": [{"token": b"\xff", "logprob": 0.0, "bytes": None}]}],
     "error-text": [{"error": "some internal text"}],
     "error-number": [{"error": 7}],
     "huge-junk": [{"junk": "x" * 10_000_000, "content": 7}],
