@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run status test test-quick check lock clean
+.PHONY: help setup model infra run status test test-quick test-chapter check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
 PYTHON_CANDIDATES ?= python3.11 python3.12 python3
@@ -25,8 +25,9 @@ help:
 	@echo
 	@echo 'make test        every test, with the real servers and the real model'
 	@echo 'make test-quick  only the tests that need no model and no servers'
+	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
 	@echo 'make check       ruff and mypy'
-	@echo 'make lock        requirements.txt again, from pyproject.toml'
+	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
 	@echo 'make clean       removes everything that the targets above made'
 	@echo
 	@echo 'Every target makes what it needs first: in a fresh clone, `make run` is enough.'
@@ -66,6 +67,18 @@ test: model
 test-quick: setup
 	@$(VENV_PYTHON) -m pytest -m 'not pipeline and not slow'
 
+# A small environment of its own: no SGLang and no PyTorch. Made anew when its requirements change, in seconds.
+CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py chat_errors.py streaming.py \
+	strangers.py faults.py)
+
+.venv-chapter/installed: requirements-chapter.txt | setup
+	@$(VENV_PYTHON) -m uv venv --quiet --no-config --clear --python $(VENV_PYTHON) .venv-chapter
+	@$(VENV_PYTHON) -m uv pip sync --quiet --python .venv-chapter/bin/python --require-hashes $<
+	@touch $@
+
+test-chapter: model .venv-chapter/installed
+	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not slow' $(CHAPTER_TESTS)
+
 check: setup
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
@@ -76,9 +89,12 @@ lock: setup
 	@$(VENV_PYTHON) -m uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
 	--quiet --output-file requirements.txt
-	@echo 'lock: requirements.txt written; `make setup` installs it'
+	@$(VENV_PYTHON) -m uv pip compile requirements-chapter.in --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	--quiet --output-file requirements-chapter.txt
+	@echo 'lock: requirements.txt and requirements-chapter.txt written; `make setup` and `make test-chapter` install them'
 
 clean:
-	rm -rf .uv .venv .venv-new .venv-old models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .uv .venv .venv-new .venv-old .venv-chapter models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
 	.schemathesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,11 +6,15 @@ because a Hugging Face tokenizer changes its own state while it encodes and must
 
 import asyncio
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import jinja2
 import tokenizers
+
+# A tokenizer needs no PyTorch; where there is none, transformers would warn of that on every start.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.detokenizer import special_token_ids
