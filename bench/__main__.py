@@ -1,9 +1,8 @@
-"""`python -m bench cpu`, `python -m bench gpu` or `python -m bench client`: see --help."""
+"""Loads on peers, side by side: a table, a plot and a JSON file."""
 
 import argparse
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,27 +18,54 @@ from bench.processes import ROOT
 from bench.report import write_report
 
 MODEL = "models/SmolLM2-135M-Instruct"
-CPU_PEERS = ("mocker", "chapter", "ours")
-GPU_PEERS = ("engine", "sglang", "dynamo", "chapter", "ours")
+LANES = (
+    "cpu: the pipeline alone, on a fake engine; gpu: with SGLang; growth: cost against tokens, prompt, concurrency "
+    "and number of requests; client: what the load client itself can do"
+)
+PEERS_OF_LANE = {
+    "cpu": ("mocker", "chapter", "ours"),
+    "gpu": ("engine", "sglang", "dynamo", "chapter", "ours"),
+    "growth": ("ours",),
+    "client": ("instant",),
+}
+# Ten times the concurrency, the prompt, the answer; and 10,000 requests, for the memory.
+GROWTH = [
+    Case(concurrency, is_stream, requests_per_user, max_tokens, num_prompt_words)
+    for is_stream in (False, True)
+    for concurrency, requests_per_user, max_tokens, num_prompt_words in (
+        (12, 40, 128, 64), (120, 6, 128, 64), (12, 40, 128, 640), (12, 15, 1280, 64), (64, 157, 128, 64),
+    )
+]  # fmt: skip
 CPU_ENGINE_ARGS = ("--device", "cpu", "--disable-overlap-schedule", "--grammar-backend", "llguidance")
 # The engine flags that a GPU lane needs to fit several SGLangs on one GPU, each with more cache than it can use.
-GPU_ENGINE_ARGS = ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--mem-fraction-static", "0.85", "--max-total-tokens", "131072", "--cuda-graph-max-bs-decode", "256"]
+_GPU_ENGINE_ARGS = (
+    "--attention-backend triton --sampling-backend pytorch --mem-fraction-static 0.85 --max-total-tokens 131072 "
+    "--cuda-graph-max-bs-decode 256 --watchdog-timeout 3600"
+)
+GPU_ENGINE_ARGS = _GPU_ENGINE_ARGS.split()
 
 
-def cases(lane: str, *, concurrencies: Sequence[int] | None, is_quick: bool, max_tokens: int) -> list[Case]:
+def cases(args: argparse.Namespace) -> list[Case]:
     """The most loaded first: if time runs out, those are measured."""
-    chosen = concurrencies or ((64,) if is_quick else (256, 128, 64, 32, 8, 1) if lane == "cpu" else (256, 32, 1))
+    if args.lane == "growth":
+        return GROWTH
+    default = {"gpu": (256, 32, 1), "cpu": (256, 128, 64, 32, 8, 1), "client": (256, 64, 1)}[args.lane]
     times = {1: 12, 8: 8, 32: 6, 64: 6, 128: 5, 256: 4}
-    return [
-        Case(concurrency, is_stream, times.get(concurrency, 4), max_tokens)
-        for concurrency in chosen
+    closed = [
+        Case(concurrency, is_stream, times.get(concurrency, 4), args.max_tokens)
+        for concurrency in args.concurrency or ((64,) if args.quick else default)
+        for is_stream in (False, True)
+    ]
+    return closed + [
+        Case(16, is_stream, 1, args.max_tokens, rate_per_s=rate)
+        for rate in args.rate or ()
         for is_stream in (False, True)
     ]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("lane", choices=["cpu", "gpu", "client"], help="client: what the load client itself can do")
+    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens a request")
@@ -77,15 +103,17 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
     is_gpu = args.lane == "gpu"
-    engine_args = args.engine_args.split() if args.engine_args is not None else GPU_ENGINE_ARGS if is_gpu else CPU_ENGINE_ARGS
+    engine_args = (
+        args.engine_args.split() if args.engine_args is not None else GPU_ENGINE_ARGS if is_gpu else CPU_ENGINE_ARGS
+    )
     setting = Setting(
         model=args.model,
         folder=Path(tempfile.mkdtemp(prefix="logs-", dir=args.out)),
         engine_args=engine_args,
-        is_engine_fake=args.lane == "cpu",
+        is_engine_fake=not is_gpu,
         num_client_processes=args.clients or (4 if is_gpu else 1),
     )
-    names = args.peers or {"cpu": CPU_PEERS, "gpu": GPU_PEERS, "client": ("instant",)}[args.lane]
+    names = args.peers or PEERS_OF_LANE[args.lane]
     done: list[Measures] = []
 
     def report(measured: Measures) -> None:
@@ -98,13 +126,9 @@ def main() -> None:
     with ProcessPoolExecutor(setting.num_client_processes, mp_context=context) as executor:
         try:
             peers = start_all([PEERS[name](setting) for name in names], args.start_timeout)
-            plan = cases(args.lane, concurrencies=args.concurrency, is_quick=args.quick, max_tokens=args.max_tokens)
-            plan += [
-                Case(16, is_stream, 1, args.max_tokens, rate_per_s=rate)
-                for rate in args.rate or ()
-                for is_stream in (False, True)
-            ]
-            Measuring(peers, executor, report).run(plan, num_rounds=1 if args.quick else args.rounds, until=until)
+            Measuring(peers, executor, report).run(
+                cases(args), num_rounds=1 if args.quick else args.rounds, until=until
+            )
         finally:
             for peer in peers:
                 with suppress(Exception):
@@ -125,10 +149,10 @@ def one_line(measured: Measures) -> str:
     errors = f" {measured.num_errors} ERRORS: {measured.first_error}" if measured.num_errors else ""
     return (
         f"{measured.peer:8} {load} {'stream' if measured.is_stream else 'whole '} {measured.tokens_per_s:7.0f} tok/s "
-        f"{measured.requests_per_s:6.1f} req/s latency {measured.latency_p50:.1f}/{measured.latency_p99:.1f} ms{stream}; "
-        f"CPU ms/request: {cpu} client={measured.client_cpu_ms_per_request:.2f}{errors}"
+        f"{measured.requests_per_s:6.1f} req/s latency {measured.latency_p50:.1f}/{measured.latency_p99:.1f} ms"
+        f"{stream}; CPU ms/request: {cpu} client={measured.client_cpu_ms_per_request:.2f}{errors}"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

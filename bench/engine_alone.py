@@ -30,11 +30,13 @@ async def _ask(engine: Any, token_ids: list[int], load: Load) -> Reply:
         "stream": load.is_stream,
     }
     response = await engine.async_generate(**call)
+    last = response
     if load.is_stream:
-        async for response in response:  # noqa: B020
+        async for item in response:
+            last = item
             reply.arrivals.append(time.perf_counter())
         reply.first_content_at, reply.num_events = reply.arrivals[0], len(reply.arrivals)
-    reply.num_tokens = response["meta_info"]["completion_tokens"]
+    reply.num_tokens = last["meta_info"]["completion_tokens"]
     reply.finished_at = time.perf_counter()
     return reply
 

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from bench.http_client import Reply
 from bench.load import Outcome
@@ -42,7 +43,8 @@ class Measures:
     longest_gap_p99: float
     client_cpu_ms_per_request: float
     rate_per_s: float | None = None
-    max_tokens: int = 0
+    max_tokens: int = 128
+    num_prompt_words: int = 64
     cpu_ms_per_request: dict[str, float] = field(default_factory=dict)
     rss_mib: dict[str, float] = field(default_factory=dict)
 
@@ -86,7 +88,7 @@ def measures(outcome: Outcome, *, peer: str, concurrency: int, is_stream: bool, 
 
 def _gaps_ms(reply: Reply) -> list[float]:
     arrivals = reply.arrivals
-    return [(later - earlier) * 1000 for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
+    return [(later - earlier) * 1000 for earlier, later in pairwise(arrivals)]
 
 
 def median_round(rounds: Sequence[Measures]) -> Measures:

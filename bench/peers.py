@@ -234,6 +234,5 @@ class Instant(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer
-    for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Instant)
+    peer.name: peer for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Instant)
 }

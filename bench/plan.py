@@ -38,10 +38,6 @@ class Case:
             rate_per_s=self.rate_per_s,
         )
 
-    def __str__(self) -> str:
-        rate = f" {self.rate_per_s:.0f}/s" if self.rate_per_s else ""
-        return f"c={self.concurrency}{rate}, {self.max_tokens} tokens, {'streaming' if self.is_stream else 'whole'}"
-
 
 class Measuring:
     """Runs cases on peers in turn, so that each round sees all peers under the same conditions.
@@ -76,11 +72,9 @@ class Measuring:
             is_stream=case.is_stream,
             max_tokens=case.max_tokens,
         )
-        measured.rate_per_s = case.rate_per_s
+        measured.rate_per_s, measured.num_prompt_words = case.rate_per_s, case.num_prompt_words
         cpu_s = after.cpu_since(before)
-        measured.cpu_ms_per_request = {
-            name: spent * 1000 / measured.num_requests for name, spent in cpu_s.items()
-        }
+        measured.cpu_ms_per_request = {name: spent * 1000 / measured.num_requests for name, spent in cpu_s.items()}
         measured.rss_mib = after.rss_mib
         return measured
 

@@ -1,21 +1,51 @@
-"""The table and the plot for the README."""
+"""The table and the plot for the README; `python -m bench.report FILE.json` makes them again from earlier results."""
 
+import json
+import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measures import Measures, median_round, spread
 from bench.peers import PEERS
 
-Key = tuple[str, int, bool, float | None]
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """One peer under one load."""
+
+    rate_per_s: float
+    max_tokens: int
+    num_prompt_words: int
+    concurrency: int
+    is_stream: bool
+    peer: str
+
+    @classmethod
+    def of(cls, measured: Measures) -> "Key":
+        return cls(
+            measured.rate_per_s or 0.0,
+            measured.max_tokens,
+            measured.num_prompt_words,
+            measured.concurrency,
+            measured.is_stream,
+            measured.peer,
+        )
+
+    @property
+    def load(self) -> str:
+        parts = [f"{self.rate_per_s:.0f} requests/s" if self.rate_per_s else f"c={self.concurrency}"]
+        parts += [f"{self.max_tokens} tokens"] if self.max_tokens != Measures.max_tokens else []
+        parts += [f"{self.num_prompt_words} words"] if self.num_prompt_words != Measures.num_prompt_words else []
+        return ", ".join([*parts, "streaming" if self.is_stream else "whole"])
 
 
 def medians(done: Iterable[Measures]) -> dict[Key, tuple[Measures, float]]:
     """The median round of each peer under each load, and the spread of the rounds."""
     rounds: dict[Key, list[Measures]] = {}
     for measured in done:
-        key = (measured.peer, measured.concurrency, measured.is_stream, measured.rate_per_s)
-        rounds.setdefault(key, []).append(measured)
-    return {key: (median_round(of_key), spread(of_key)) for key, of_key in rounds.items()}
+        rounds.setdefault(Key.of(measured), []).append(measured)
+    return {key: (median_round(of_key), spread(of_key)) for key, of_key in sorted(rounds.items())}
 
 
 def markdown(done: Sequence[Measures]) -> str:
@@ -25,12 +55,9 @@ def markdown(done: Sequence[Measures]) -> str:
         "| longest gap p99 ms | CPU ms/request | memory MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    found = medians(done)
-    for key in sorted(found, key=lambda key: (key[3] or 0, key[1], key[2])):
-        measured, deviation = found[key]
-        load = f"{measured.rate_per_s:.0f}/s" if measured.rate_per_s else f"c={measured.concurrency}"
+    for key, (measured, deviation) in medians(done).items():
         columns = [
-            f"{load}, {'streaming' if measured.is_stream else 'whole'}",
+            key.load,
             PEERS[measured.peer].title,
             f"{measured.tokens_per_s:,.0f} ± {deviation:.0%}",
             f"{measured.requests_per_s:.1f}",
@@ -63,7 +90,11 @@ def plot(done: Sequence[Measures], path: Path) -> None:
     found = medians(measured for measured in done if measured.rate_per_s is None)
     for axis, is_stream in zip(axes, (False, True), strict=True):
         for name, peer in PEERS.items():
-            points = sorted((key[1], found[key][0].tokens_per_s) for key in found if key[0] == name and key[2] == is_stream)
+            points = sorted(
+                (key.concurrency, found[key][0].tokens_per_s)
+                for key in found
+                if key.peer == name and key.is_stream == is_stream
+            )
             if points:
                 style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
                 axis.plot(*zip(*points, strict=True), marker="o", label=peer.title.replace("`", ""), **style)
@@ -87,3 +118,8 @@ def write_report(done: Sequence[Measures], folder: Path, name: str) -> None:
     except ImportError:
         print("no plot: matplotlib is not installed")
     print(f"written: {folder}/{name}.json, .md and .png")
+
+
+if __name__ == "__main__":
+    source = Path(sys.argv[1])
+    write_report([Measures(**each) for each in json.loads(source.read_text())], source.parent, source.stem)

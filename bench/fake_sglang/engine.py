@@ -8,7 +8,8 @@ What is kept of SGLang's tokenizer manager, because it decides how many items a 
 - items that a consumer has not taken yet become one: the newest with all tokens so far or, with
   `incremental_streaming_output`, the new tokens joined.
 
-FAKE_STEP_MS sets the pace (default 1 ms a token), FAKE_ITEM_US a cost in CPU time for each item (default 0).
+FAKE_STEP_MS sets the pace (default 0.25 ms a token, which no pipeline keeps up with under load), FAKE_ITEM_US a cost
+in CPU time for each item (default 0).
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-_STEP_S = float(os.environ.get("FAKE_STEP_MS", "1")) / 1000
+_STEP_S = float(os.environ.get("FAKE_STEP_MS", "0.25")) / 1000
 _ITEM_S = float(os.environ.get("FAKE_ITEM_US", "0")) / 1e6
 _NUM_TOKEN_IDS = 4000
 # Plain words in the tokenizers of SmolLM2 and Qwen; long enough to start anywhere in the first cycle.
@@ -82,17 +83,16 @@ class TokenizerManager:
         self.rid_to_state: dict[str, Request] = {}
         self._is_incremental = bool(server_args.incremental_streaming_output)
         self._default_interval = server_args.stream_interval
-        self._num_steps = 0
+        self._started_at = time.perf_counter()
         self._due: dict[int, list[Request]] = {}
-        self._stepping: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def generate(self, request: Request) -> AsyncGenerator[dict[str, Any], None]:
         request.stream_interval = request.stream_interval or self._default_interval
-        request.started_at_step = self._num_steps
+        request.started_at_step = self._steps_now()
         self.rid_to_state[request.rid] = request
-        self._schedule(request, request.tokens_until_item())
-        if self._stepping is None or self._stepping.done():
-            self._stepping = asyncio.create_task(self._step_while_busy())
+        self._schedule(request, request.started_at_step + request.tokens_until_item())
+        self._sleep_until_due()
         while True:
             await request.event.wait()
             request.event.clear()
@@ -108,36 +108,40 @@ class TokenizerManager:
         request = self.rid_to_state.get(rid)
         if request is not None and not request.is_aborted:
             request.is_aborted = True
-            self._schedule(request, 1)
+            self._schedule(request, self._steps_now() + 1)
+            self._sleep_until_due()
 
-    def _schedule(self, request: Request, num_steps: int) -> None:
-        self._due.setdefault(self._num_steps + num_steps, []).append(request)
+    def _steps_now(self) -> int:
+        return int((time.perf_counter() - self._started_at) / _STEP_S)
 
-    async def _step_while_busy(self) -> None:
-        next_step = time.perf_counter() + _STEP_S
-        while self.rid_to_state:
-            now = time.perf_counter()
-            if now < next_step:
-                await asyncio.sleep(next_step - now)
-            # Steps that came due while this process was busy have all happened, as in a process of their own.
-            while next_step <= time.perf_counter() and self.rid_to_state:
-                self._num_steps += 1
-                next_step += _STEP_S
-                for request in self._due.pop(self._num_steps, ()):
-                    if request.rid in self.rid_to_state:
-                        self._add_item(request)
-            await asyncio.sleep(0)
+    def _schedule(self, request: Request, step: int) -> None:
+        self._due.setdefault(step, []).append(request)
 
-    def _add_item(self, request: Request) -> None:
+    def _sleep_until_due(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._due:
+            wait_s = self._started_at + min(self._due) * _STEP_S - time.perf_counter()
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._make_steps)
+
+    def _make_steps(self) -> None:
+        """Steps that came due while this process was busy have all happened, as in a process of their own."""
+        while self._due and (step := min(self._due)) <= self._steps_now():
+            for request in self._due.pop(step):
+                if request.rid in self.rid_to_state:
+                    self._add_item(request, step)
+        self._sleep_until_due()
+
+    def _add_item(self, request: Request, step: int) -> None:
         num_sent = len(request.output_ids)
-        num_tokens = min(self._num_steps - request.started_at_step, request.max_new_tokens)
+        num_tokens = min(step - request.started_at_step, request.max_new_tokens)
         first = request.num_prompt_tokens % _NUM_TOKEN_IDS
         request.output_ids += _TOKEN_IDS[first + num_sent : first + num_tokens]
         finish_reason = request.finish_reason()
         if finish_reason is not None:
             del self.rid_to_state[request.rid]
         else:
-            self._schedule(request, request.tokens_until_item())
+            self._schedule(request, step + request.tokens_until_item())
         request.items.append(self._item(request, num_sent, finish_reason))
         request.event.set()
         if _ITEM_S:
