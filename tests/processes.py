@@ -198,7 +198,7 @@ class Pipeline:
     def fake_engine(self, *args: str, token_ids: Sequence[int] = tuple(range(1000, 1100))) -> Process:
         return self.script("tests/fake_engine.py", "--token-ids", ",".join(map(str, token_ids)), *args)
 
-    def wait_ready(self, timeout_s: float = 60, *, processors: int = 1, engines: int = 1) -> float:
+    def wait_ready(self, timeout_s: float = 180, *, processors: int = 1, engines: int = 1) -> float:
         def is_ready() -> bool:
             for process in self.processes:
                 if not process.is_alive and process.popen is not None and process.popen.poll() not in (0, -9, -15):
