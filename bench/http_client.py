@@ -16,6 +16,7 @@ _NUM_TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 _CONTENT = re.compile(rb'"content":\s*"[^"]')
 _ERROR = re.compile(rb'(^|data: )\{"error"')
 _TAIL_BYTES = 2048
+_TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -62,11 +63,17 @@ class Connection(asyncio.Protocol):
         self._tail = b""
         self._done = asyncio.get_running_loop().create_future()
         self._reply = reply = Reply(sent_at=time.perf_counter())
+        timer = asyncio.get_running_loop().call_later(_TIMEOUT_S, self._give_up)
         self._transport.write(request)
         await self._done
+        timer.cancel()
         reply.finished_at = time.perf_counter()
         self._judge(reply)
         return reply
+
+    def _give_up(self) -> None:
+        self._reply.error = f"no whole answer within {_TIMEOUT_S:.0f} s"
+        self.close()
 
     def _judge(self, reply: Reply) -> None:
         counts = _NUM_TOKENS.findall(self._tail)
@@ -96,7 +103,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_open = False
         if self._done is not None and not self._done.done():
-            self._reply.error = f"the connection was closed: {exc}"
+            self._reply.error = self._reply.error or f"the connection was closed: {exc}"
             self._done.set_result(None)
 
     # httptools calls these
