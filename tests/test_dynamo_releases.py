@@ -58,7 +58,7 @@ def test_the_log_variable_of_dynamo_itself() -> None:
 
 def test_an_empty_etcd_ends_a_runtime() -> None:
     assert ask("etcd_away")[0] == {
-        "ends within a second": IS_0_5,
+        "ends at once": IS_0_5,
         "another runtime": "Worker already initialized" if IS_0_5 else "opens",
         "CAN_REOPEN": not IS_0_5,
     }
