@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run status test test-quick test-chapter check lock clean
+.PHONY: help setup model infra run status test test-quick test-chapter soak check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
 PYTHON_CANDIDATES ?= python3.11 python3.12 python3
@@ -25,6 +25,7 @@ help:
 	@echo
 	@echo 'make test        every test, with the real servers and the real model'
 	@echo 'make test-quick  only the tests that need no model and no servers'
+	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
 	@echo 'make check       ruff and mypy'
 	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
@@ -83,6 +84,9 @@ check: setup
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
+
+soak: model
+	@$(VENV_PYTHON) -m tests.soak
 
 # Exact pins with hashes for Python 3.11 and 3.12. uv keeps the pins of the old file where it can.
 lock: setup

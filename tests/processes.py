@@ -53,8 +53,10 @@ class Process:
     log_path: Path
     env: Mapping[str, str] = field(default_factory=dict)
     popen: "subprocess.Popen[bytes] | None" = None
+    num_starts: int = 0
 
     def start(self) -> "Process":
+        self.num_starts += 1
         with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
                 self.command,
