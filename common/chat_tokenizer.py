@@ -17,9 +17,9 @@ import tokenizers
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from common.chat_messages import Message
 from common.detokenizer import special_token_ids
 from common.errors import ContextLengthExceeded, InvalidRequest
-from common.openai_api import Message
 from common.token_bytes import token_bytes
 
 logger = logging.getLogger(__name__)

@@ -4,12 +4,13 @@ Anything not named here is refused by name, unless it has the value that changes
 """
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from common.chat_messages import Message
 from common.errors import InvalidRequest
-from common.strict_model import IGNORED, StrictModel, absent, any_of, present
+from common.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 4
@@ -30,83 +31,18 @@ NO_OPS: dict[str, Any] = {
     "prompt_cache_retention": IGNORED,
     "safety_identifier": IGNORED,
 }
-_NO_OPS_IN_MESSAGES: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],)}
 _TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
 
 
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
-
-
-def _string_or_list(value: Any) -> str:
-    return "<list>" if isinstance(value, list) else "<string>"
-
-
-Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(_string_or_list)
-]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),
 ]
 _StopString = Annotated[str, Field(min_length=1)]
 Stop = Annotated[
-    Annotated[_StopString, Tag("<string>")]
-    | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS), Tag("<list>")],
-    Discriminator(_string_or_list),
+    Annotated[_StopString, IS_STRING] | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS), IS_LIST],
+    STRING_OR_LIST,
 ]
-
-
-class _Message(StrictModel):
-    no_ops = _NO_OPS_IN_MESSAGES
-    name: str | None = None
-
-
-class SystemMessage(_Message):
-    role: Literal["system", "developer"]
-    content: Content
-
-
-class UserMessage(_Message):
-    role: Literal["user"]
-    content: Content
-
-
-class FunctionCall(StrictModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(StrictModel):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class AssistantMessage(_Message):
-    """`content` may be missing where the assistant called tools."""
-
-    rules: ClassVar = [any_of(present("content"), present("refusal"), present("tool_calls", minItems=1))]
-    role: Literal["assistant"]
-    content: Content | None = None
-    refusal: str | None = None
-    tool_calls: list[ToolCall] | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> "AssistantMessage":
-        if self.content is None and self.tool_calls is None and self.refusal is None:
-            raise ValueError("an assistant message needs content or tool_calls")
-        return self
-
-
-class ToolMessage(_Message):
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class StreamOptions(StrictModel):
@@ -183,7 +119,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for position, step in enumerate(location):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step in ("<string>", "<list>") or (position == 2 and location[0] == "messages"):
+        elif step in (IS_STRING.tag, IS_LIST.tag) or (position == 2 and location[0] == "messages"):
             continue  # which member of a union it is: pydantic's, not the client's
         else:
             path += f".{step}" if path else step

@@ -2,9 +2,13 @@
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 IGNORED: Any = ...
+
+# For a union of a string and a list, so that an error speaks of the one that was sent.
+IS_STRING, IS_LIST = Tag("<string>"), Tag("<list>")
+STRING_OR_LIST = Discriminator(lambda value: (IS_LIST if isinstance(value, list) else IS_STRING).tag)
 
 
 def _is_no_op(value: Any, no_op_values: Any) -> bool:
