@@ -37,6 +37,9 @@ os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
 os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
 # With all three of these etcd is spoken to in TLS; Dynamo ignores one or two of them.
 ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
+# More threads only wait for each other: all of them need Python's interpreter lock for every item.
+os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "2")
+os.environ.setdefault("DYN_RUNTIME_MAX_BLOCKING_THREADS", "4")
 # The runtime writes two or three lines a request at "info". One line of ours says more, so those stay quiet.
 _QUIET_PER_REQUEST = (
     "dynamo_runtime::pipeline::network::egress=warn",

@@ -74,7 +74,7 @@ def test_a_stream_goes_on_when_the_only_engine_is_killed_and_started_again(watch
     body = STORY | {"max_tokens": 60}
     expected = httpx.post(url, json=body, timeout=120).json()["choices"][0]
     text, finish_reason, killed_at, pause_s = "", None, 0.0, 0.0
-    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=READY_S) as response:
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=2 * READY_S) as response:
         for line in response.iter_lines():
             if not line.startswith("data: {"):
                 continue

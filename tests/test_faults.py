@@ -121,6 +121,7 @@ class Load:
         self._threads.shutdown()
         for client in self._clients:
             client.result()
+        print(f"{dict(self.outcomes)}, longest wait {self.slowest_s:.1f} s")
 
 
 def two_engines(pipeline: Pipeline, *args: str) -> tuple[Process, Process]:

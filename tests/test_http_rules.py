@@ -146,7 +146,7 @@ class TestLimits:
     def test_above_the_concurrency_limit_it_is_a_429_and_those_inside_finish(
         self, fake_pipeline: Pipeline, tmp_path: Path
     ) -> None:
-        body = CHAT | {"max_tokens": 40}
+        body = CHAT | {"max_tokens": 200}
         with (
             frontend_beside(fake_pipeline, tmp_path, "--max-concurrency", "2") as beside,
             httpx.Client(base_url=beside.url, timeout=60) as client,
@@ -166,7 +166,7 @@ class TestLimits:
             assert int(answers[-1].headers["retry-after"]) >= 1
             for path in ("/health", "/ready", "/v1/models"):
                 assert client.get(path).status_code == 200
-            assert whole.result().json()["usage"]["completion_tokens"] == 40
+            assert whole.result().json()["usage"]["completion_tokens"] == 200
             assert stream.result().finish_reasons == {0: "length"}
             assert client.post(CHAT_PATH, json=CHAT).status_code == 200
 
