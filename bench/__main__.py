@@ -75,6 +75,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--engine-args", default=None, help="SGLang's flags, instead of the lane's own")
     parser.add_argument("--clients", type=int, default=None, metavar="N", help="processes of the load client")
+    parser.add_argument(
+        "--variant-env", nargs="+", default=[], metavar="NAME=VALUE", help="measure our scripts with these, too"
+    )
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="S", help="for all peers together")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="S", help="start nothing new after S seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where results and logs go")
@@ -111,9 +114,10 @@ def main() -> None:
         folder=Path(tempfile.mkdtemp(prefix="logs-", dir=args.out)),
         engine_args=engine_args,
         is_engine_fake=not is_gpu,
+        variant_env=dict(assignment.split("=", 1) for assignment in args.variant_env),
         num_client_processes=args.clients or (4 if is_gpu else 1),
     )
-    names = args.peers or PEERS_OF_LANE[args.lane]
+    names = [*(args.peers or PEERS_OF_LANE[args.lane]), *(["variant"] if args.variant_env else [])]
     done: list[Measures] = []
 
     def report(measured: Measures) -> None:

@@ -4,9 +4,9 @@ import json
 import select
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +34,7 @@ class Setting:
     engine_args: Sequence[str] = ()
     is_engine_fake: bool = False
     num_client_processes: int = 1
+    variant_env: Mapping[str, str] = field(default_factory=dict)
 
     def script(self, path: str, *args: str) -> list[str]:
         return [sys.executable, path, *args]
@@ -129,8 +130,12 @@ class DynamoPeer(Peer):
 class Ours(DynamoPeer):
     name, title = "ours", "frontend.py, processor.py, engine.py"
 
+    def env(self) -> dict[str, str]:
+        """With the log as it is by default, and the request plane left to the scripts."""
+        return {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
+
     def start_scripts(self) -> None:
-        env = {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
+        env = self.env()
         self.child("engine", self.setting.engine_script("engine.py"), **env)
         self.child("processor", self.setting.script("processor.py", "--model", self.setting.model), **env)
         self.child("frontend", self.setting.script("frontend.py", "--port", str(self.port)), **env)
@@ -143,13 +148,22 @@ class OursScaled(Ours):
     num_processors, num_frontends = 3, 2
 
     def start_scripts(self) -> None:
-        env = {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
+        env = self.env()
         script = self.setting.script
         self.child("engine", self.setting.engine_script("engine.py"), **env)
         for number in range(self.num_processors):
             self.child(f"processor{number}", script("processor.py", "--model", self.setting.model), **env)
         for number in range(self.num_frontends):
             self.child(f"frontend{number}", script("frontend.py", "--port", str(self.port), "--share-port"), **env)
+
+
+class Variant(Ours):
+    """Ours again, with other environment variables: to see what a setting changes, in one run."""
+
+    name, title = "variant", "ours, with --variant-env"
+
+    def env(self) -> dict[str, str]:
+        return super().env() | dict(self.setting.variant_env)
 
 
 class Chapter(DynamoPeer):
@@ -234,5 +248,6 @@ class Instant(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Instant)
+    peer.name: peer
+    for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Variant, Instant)
 }
