@@ -6,7 +6,7 @@ left to do, if its caller says how (`resume`), or from its beginning, if its cal
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -128,24 +128,44 @@ class FailoverClient:
 
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
         try:
-            with child_context(context) as call, self._instances.unanswered(instance_id, call) as answered:
-                async for chunk in await self._client.direct(request, instance_id, context=call):
-                    answered()
-                    yield chunk
+            with child_context(context) as call:
+                starting = asyncio.ensure_future(self._client.direct(request, instance_id, context=call))
+
+                def give_up() -> None:
+                    call.stop_generating()
+                    starting.cancel()  # it would wait 10 s for a sign of life
+
+                with self._instances.unanswered(instance_id, give_up) as answered:
+                    async for chunk in await _unless_given_up(starting):
+                        answered()
+                        yield chunk
         except Exception as error:
             if dynamo_releases.is_too_large(error, request):
                 raise await _too_large(request) from error
             if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
-            if dynamo_releases.is_nobody_there(error):
-                if _size(request) > (await nats_max_payload() or sys.maxsize) - _HEADERS_BYTES:
-                    raise await _too_large(request) from error
-                self._instances.give_up_on(instance_id)
+            if dynamo_releases.is_nobody_there(error) and await _is_at_the_limit(request):
+                raise await _too_large(request) from error
+            self._instances.give_up_on(instance_id)
             raise _InstanceFailed(str(error)) from error
+
+
+async def _unless_given_up(starting: "asyncio.Future[AsyncIterator[Any]]") -> AsyncIterator[Any]:
+    try:
+        return await starting
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # it is we who are cancelled
+            raise
+        raise _InstanceFailed("it failed on another request and has not answered this one") from None
 
 
 def _size(request: dict[str, Any]) -> int:
     return len(msgspec.msgpack.encode(request))
+
+
+async def _is_at_the_limit(request: dict[str, Any]) -> bool:
+    return _size(request) > (await nats_max_payload() or sys.maxsize) - _HEADERS_BYTES
 
 
 async def _too_large(request: dict[str, Any]) -> RequestTooLarge:

@@ -31,7 +31,7 @@ class InstancePool:
         self._client = client
         self._wait_s = wait_s
         self._resting: dict[int, float] = {}
-        self._unanswered: defaultdict[int, set[Context]] = defaultdict(set)
+        self._unanswered: defaultdict[int, set[Callable[[], None]]] = defaultdict(set)
         self._turn = 0
 
     async def next(self, context: Context, among: Among | None) -> int | None:
@@ -72,18 +72,18 @@ class InstancePool:
         self._resting[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
 
     @contextmanager
-    def unanswered(self, instance_id: int, call: Context) -> Iterator[Callable[[], None]]:
-        """A call of an instance that has not answered yet; the function given says that it has."""
+    def unanswered(self, instance_id: int, give_up: Callable[[], None]) -> Iterator[Callable[[], None]]:
+        """A call of an instance that has not answered yet, and how to end it; the function given says that it has."""
         calls = self._unanswered[instance_id]
-        calls.add(call)
+        calls.add(give_up)
         try:
-            yield lambda: calls.discard(call)
+            yield lambda: calls.discard(give_up)
         finally:
-            calls.discard(call)
+            calls.discard(give_up)
             if not calls and self._unanswered.get(instance_id) is calls:
                 del self._unanswered[instance_id]
 
     def give_up_on(self, instance_id: int) -> None:
-        """Nobody is there any more: end the calls that would otherwise wait for it until its lease ends."""
-        for call in self._unanswered.pop(instance_id, ()):
-            call.stop_generating()
+        """End the calls that it has not answered: it is probably dead, and they may go elsewhere."""
+        for give_up in self._unanswered.pop(instance_id, ()):
+            give_up()
