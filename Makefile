@@ -66,7 +66,7 @@ test: model
 	@$(VENV_PYTHON) -m pytest
 
 test-quick: setup
-	@$(VENV_PYTHON) -m pytest -m 'not pipeline and not slow'
+	@$(VENV_PYTHON) -m pytest -m 'not process and not pipeline and not slow'
 
 # A small environment of its own: no SGLang and no PyTorch. Made anew when its requirements change, in seconds.
 CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py chat_errors.py streaming.py \

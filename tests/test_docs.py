@@ -28,6 +28,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 # Commands that no test here runs as they are written, each with the reason.
 NOT_RUN = {
     "make test": "this is it",
+    "make test-quick": "a part of this",
     "make infra": "an endless one: tests/test_launch.py runs the module behind it",
     "make status\nkill -9": "would find other engines of this machine: test_pipeline.py and test_launch.py kill theirs",
     "make restart-processor": "needs `make run`: tests/test_launch.py restarts a program with supervisorctl",
