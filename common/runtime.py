@@ -5,9 +5,11 @@ connection behind them is replaced (`connection`).
 """
 
 import asyncio
+import atexit
 import functools
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
@@ -175,6 +177,28 @@ def _tune_interpreter() -> None:
     gc.freeze()
 
 
+def _skip_finalization_at_exit() -> None:
+    """End the process right after Python's own exit handlers, with the exit code that it would have.
+
+    The runtime's threads outlive `shutdown()`. One that wants the interpreter while it is being torn down crashes
+    the process: about one graceful stop in thirty ended with SIGSEGV or SIGABRT instead of 0.
+    """
+    global _is_finalization_skipped
+    _is_finalization_skipped = True
+
+
+_is_finalization_skipped = False
+
+
+@atexit.register  # among the first, so it runs after those that were registered later
+def _end_at_once() -> None:
+    if _is_finalization_skipped and not hasattr(sys, "last_value"):  # last_value: an exception ended the program
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def dynamo_worker(
     static: bool = False,
 ) -> Callable[[Callable[Concatenate[DistributedRuntime, P], Running]], Callable[P, Running]]:
@@ -208,6 +232,8 @@ def dynamo_worker(
                     raise
             except ServersMissing as error:
                 sys.exit(f"error: {error}")
+            if runtime.is_stopping.is_set():
+                _skip_finalization_at_exit()
 
         return run
 

@@ -201,6 +201,19 @@ def test_a_graceful_stop_of_the_whole_pipeline_finishes_what_is_in_work(own_scri
     assert scripts.infra.instance_keys() == []
 
 
+def test_a_stopped_process_never_crashes_on_its_way_out(infra: Infra, tmp_path: Path) -> None:
+    """Many at once: the runtime's threads crashed one in thirty while the interpreter was torn down."""
+    engines_only = Pipeline(infra, tmp_path)
+    try:
+        engines = [engines_only.fake_engine() for _ in range(12)]
+        for engine in engines:
+            wait_until(lambda engine=engine: "serving inference/engine/generate" in engine.log, 60, "an engine")  # type: ignore[misc]
+        with ThreadPoolExecutor(len(engines)) as threads:
+            assert list(threads.map(Process.terminate, engines)) == [0] * len(engines)
+    finally:
+        engines_only.stop()
+
+
 def test_a_drain_has_a_deadline_and_a_second_signal_ends_at_once(scripts: Pipeline) -> None:
     engine = scripts.script(
         "tests/fake_engine.py", "--token-ids", "1000", "--token-interval-ms", "1000",

@@ -26,6 +26,7 @@ from tests.processes import ROOT, Pipeline
 FUZZ_SECONDS = int(os.environ.get("FUZZ_SECONDS", "60"))
 FUZZ_SEED = os.environ.get("FUZZ_SEED", "1")
 CHAT = "/v1/chat/completions"
+CONFIG = ROOT / "tests" / "schemathesis.toml"
 # Paths of the routes whose parameters take anything cannot be made wrong; it is not worth a complaint.
 SETTINGS = ("--continue-on-failure", "--suppress-health-check", "filter_too_much", "--generation-database", "none")
 
@@ -33,7 +34,8 @@ SETTINGS = ("--continue-on-failure", "--suppress-health-check", "filter_too_much
 def fuzz(url: str, seconds: int, *args: str) -> int:
     """Run schemathesis on /openapi.json; returns the number of its test cases, all of which passed."""
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--no-color",
+        sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG),
+        "run", f"{url}/openapi.json", "--no-color",
         "--max-time", str(seconds), "--seed", FUZZ_SEED, *SETTINGS, *args,
     ]  # fmt: skip
     env = {**os.environ, "SCHEMATHESIS_HOOKS": "tests.openapi_hooks", "PYTHONPATH": str(ROOT)}
