@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from bench.hops import measure_hops
 from bench.measures import Measures
-from bench.peers import PEERS, Peer, Setting
+from bench.peers import PEERS, Peer, Setting, add_variant
 from bench.plan import Case, Measuring
 from bench.processes import ROOT
 from bench.report import write_report
@@ -20,7 +21,8 @@ from bench.report import write_report
 MODEL = "models/SmolLM2-135M-Instruct"
 LANES = (
     "cpu: the pipeline alone, on a fake engine; gpu: with SGLang; growth: cost against tokens, prompt, concurrency "
-    "and number of requests; client: what the load client itself can do"
+    "and number of requests; client: what the load client itself can do; hops: where the time to a first token goes "
+    "(on a fake engine, or with --gpu on SGLang)"
 )
 PEERS_OF_LANE = {
     "cpu": ("mocker", "chapter", "ours"),
@@ -65,19 +67,21 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client"], help=LANES)
+    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens a request")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--gpu", action="store_true", help="hops: with SGLang on a GPU")
     parser.add_argument("--quick", action="store_true", help="concurrency 64 only, one round")
     parser.add_argument("--rate", type=float, nargs="+", metavar="R", help="open loop too, at R requests/s (Poisson)")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--engine-args", default=None, help="SGLang's flags, instead of the lane's own")
     parser.add_argument("--clients", type=int, default=None, metavar="N", help="processes of the load client")
     parser.add_argument(
-        "--variant-env", nargs="+", default=[], metavar="NAME=VALUE", help="measure our scripts with these, too"
-    )
+        "--variant", action="append", default=[], metavar="'NAME: VARIABLE=VALUE ... --engine-flag ...'",
+        help="measure three processors and two frontends of ours with these, too; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="S", help="for all peers together")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="S", help="start nothing new after S seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where results and logs go")
@@ -105,7 +109,7 @@ def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
-    is_gpu = args.lane == "gpu"
+    is_gpu = args.lane == "gpu" or args.gpu
     engine_args = (
         args.engine_args.split() if args.engine_args is not None else GPU_ENGINE_ARGS if is_gpu else CPU_ENGINE_ARGS
     )
@@ -114,10 +118,15 @@ def main() -> None:
         folder=Path(tempfile.mkdtemp(prefix="logs-", dir=args.out)),
         engine_args=engine_args,
         is_engine_fake=not is_gpu,
-        variant_env=dict(assignment.split("=", 1) for assignment in args.variant_env),
         num_client_processes=args.clients or (4 if is_gpu else 1),
     )
-    names = [*(args.peers or PEERS_OF_LANE[args.lane]), *(["variant"] if args.variant_env else [])]
+    if args.lane == "hops":
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            table = measure_hops(setting, executor, num_requests=100, timeout_s=args.start_timeout)
+        (args.out / "hops.md").write_text(table)
+        print(table)
+        return
+    names = [*(args.peers or PEERS_OF_LANE[args.lane]), *map(add_variant, args.variant)]
     done: list[Measures] = []
 
     def report(measured: Measures) -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,7 +34,6 @@ class Setting:
     engine_args: Sequence[str] = ()
     is_engine_fake: bool = False
     num_client_processes: int = 1
-    variant_env: Mapping[str, str] = field(default_factory=dict)
 
     def script(self, path: str, *args: str) -> list[str]:
         return [sys.executable, path, *args]
@@ -157,13 +156,35 @@ class OursScaled(Ours):
             self.child(f"frontend{number}", script("frontend.py", "--port", str(self.port), "--share-port"), **env)
 
 
-class Variant(Ours):
-    """Ours again, with other environment variables: to see what a setting changes, in one run."""
+class Variant(OursScaled):
+    """Ours scaled, with other environment variables or engine flags: to see what they change, in one run."""
 
-    name, title = "variant", "ours, with --variant-env"
+    changes: ClassVar[Mapping[str, str]] = {}
+    more_engine_args: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(replace(setting, engine_args=[*setting.engine_args, *self.more_engine_args]))
 
     def env(self) -> dict[str, str]:
-        return super().env() | dict(self.setting.variant_env)
+        return super().env() | dict(self.changes)
+
+
+def add_variant(text: str) -> str:
+    """Make a peer of `NAME: VARIABLE=VALUE ... --engine-flag ...`; its name."""
+    name, _, rest = text.partition(":")
+    words = rest.split()
+    flags_at = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    PEERS[name] = type(
+        name,
+        (Variant,),
+        {
+            "name": name,
+            "title": f"{OursScaled.title}; {rest.strip()}",
+            "changes": dict(word.split("=", 1) for word in words[:flags_at]),
+            "more_engine_args": words[flags_at:],
+        },
+    )
+    return name
 
 
 class Chapter(DynamoPeer):
@@ -248,6 +269,5 @@ class Instant(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer
-    for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Variant, Instant)
+    peer.name: peer for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Instant)
 }
