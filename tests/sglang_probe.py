@@ -59,7 +59,7 @@ def probe() -> dict[str, Any]:
 
 
 def answer(folder: str) -> dict[str, Any]:
-    return {"arguments": dict(parsed(folder)), "environment": dict(os.environ), **platform()}
+    return {"arguments": dict(parsed(folder)), "environment": dict(os.environ), "gathering": gathering(), **platform()}
 
 
 def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -97,6 +97,22 @@ def platform() -> dict[str, Any]:
         "activated": activated(),
         "page_size_error": page_size_error,
         "attention_backend": CpuTorchNativePlatform().get_default_attention_backend(),
+    }
+
+
+def gathering() -> dict[str, Any]:
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
+
+    def those_of(kind: type, *names: str) -> list[str]:
+        return sorted(name for name in names if hasattr(kind, name) or name in kind.__dataclass_fields__)
+
+    return {
+        "hooked": hasattr(SchedulerRequestReceiver._pull_raw_reqs, "__wrapped__"),
+        "receiver_has": those_of(SchedulerRequestReceiver, "ps", "get_last_batch"),
+        "ranks_have": those_of(ParallelState, "pp_rank", "attn_tp_rank", "attn_cp_rank"),
+        "batch_has": those_of(ScheduleBatch, "batch_size", "forward_mode"),
     }
 
 
