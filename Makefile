@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run status test test-quick test-chapter soak check lock clean
+.PHONY: help setup model infra run status test test-quick test-chapter soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
 PYTHON_CANDIDATES ?= python3.11 python3.12 python3
@@ -26,6 +26,7 @@ help:
 	@echo 'make test        every test, with the real servers and the real model'
 	@echo 'make test-quick  only the tests that need no model and no servers'
 	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'
+	@echo 'make bench       how fast it is without a model, beside two others: ten minutes; BENCH_ARGS="..." for more'
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
 	@echo 'make check       ruff and mypy'
 	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
@@ -87,6 +88,10 @@ check: setup
 
 soak: model
 	@$(VENV_PYTHON) -m tests.soak
+
+# What it does, and the GPU lane: docs/performance.md.
+bench: model
+	@$(VENV_PYTHON) -m bench cpu $(BENCH_ARGS)
 
 # Exact pins with hashes for Python 3.11 and 3.12. uv keeps the pins of the old file where it can.
 lock: setup

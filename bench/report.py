@@ -115,7 +115,7 @@ def write_report(done: Sequence[Measures], folder: Path, name: str) -> None:
     (folder / f"{name}.md").write_text(markdown(done))
     try:
         plot(done, folder / f"{name}.png")
-    except ImportError:
+    except ImportError:  # a GPU machine may have just what the servers need
         print("no plot: matplotlib is not installed")
     print(f"written: {folder}/{name}.json, .md and .png")
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from common.sglang_output import Output
 
-MAX_GAP_S = 0.06
+MAX_GAP_S = 0.045
 # What three processes pass on at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
 ITEMS_PER_SECOND = 800
 MAX_TOKENS_PER_ITEM = 64

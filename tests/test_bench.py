@@ -1,0 +1,75 @@
+"""The harness itself: its loads, its figures, its table and plot, on a server that answers at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.hops import POINTS, hops
+from bench.http_client import Reply
+from tests.processes import ROOT
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, "-m", "bench", "client", "--concurrency", "4", "--rate", "50", "--max-tokens", "32"]
+    subprocess.run([*command, "--rounds", "1", "--out", str(folder)], cwd=ROOT, check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounds(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "client.json").read_text())
+    return found
+
+
+def test_every_answer_has_the_tokens_that_were_asked_for(rounds: list[dict[str, Any]]) -> None:
+    assert len(rounds) == 4  # closed and open loop, streaming and not
+    assert all(measured["num_errors"] == 0 for measured in rounds)
+    assert all(
+        measured["tokens_per_s"] == pytest.approx(32 * measured["requests_per_s"], rel=1e-6) for measured in rounds
+    )
+
+
+def test_an_open_loop_sends_at_its_rate_whatever_comes_back(rounds: list[dict[str, Any]]) -> None:
+    at_a_rate = [measured for measured in rounds if measured["rate_per_s"]]
+    assert len(at_a_rate) == 2
+    for measured in at_a_rate:
+        assert measured["num_requests"] == 500
+        assert 30 < measured["requests_per_s"] < 75  # 500 arrivals at random: 50 a second, give or take 10 %
+
+
+def test_the_table_has_a_row_for_each_load(out: Path) -> None:
+    rows = [line for line in (out / "client.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[1:]] == [
+        "c=4, 32 tokens, whole",
+        "c=4, 32 tokens, streaming",
+        "50 requests/s, 32 tokens, whole",
+        "50 requests/s, 32 tokens, streaming",
+    ]
+
+
+def test_the_plot_is_a_picture(out: Path) -> None:
+    assert (out / "client.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hops_are_the_times_between_the_points_that_a_request_passed() -> None:
+    replies = [Reply(sent_at=start, first_content_at=start + 0.014) for start in (10.0, 20.0)]
+    notes = [
+        (reply.sent_at + 0.001 * number, point) for reply in replies for number, point in enumerate(POINTS[1:-1], 1)
+    ]
+    later_chunk = [(10.0135, "processor has a token")]
+    found = hops(replies, sorted(notes + later_chunk))
+    assert [point for point, _, _ in found] == list(POINTS[1:])
+    assert all(median == pytest.approx(1.0) and ninth == pytest.approx(1.0) for _, median, ninth in found)
+
+
+def test_a_request_that_was_not_seen_somewhere_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not seen at: frontend has the headers"):
+        hops([Reply(sent_at=1.0, first_content_at=2.0)], [(1.5, point) for point in POINTS[2:-1]])
