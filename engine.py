@@ -6,9 +6,7 @@ It serves `inference/engine/generate` and knows nothing about text. SGLang runs 
 of it; each request becomes one call of `async_generate`, and whoever stops waiting aborts that call.
 """
 
-import logging
 import sys
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -18,20 +16,21 @@ import uvloop
 from common.cancellation import when_stopped
 from common.engine_args import parse_engine_args
 from common.errors import InvalidRequest, answers_errors
+from common.metrics import Metrics
+from common.request_records import RequestRecords
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.sampling import sglang_sampling_params
 from common.sglang_engine import SGLangEngine
 from common.sglang_output import Output
-from common.wire import EngineChunk, read_engine_request, to_wire
-
-logger = logging.getLogger("engine")
+from common.wire import EngineChunk, read_engine_request, take_origin, to_wire
 
 
 class RequestHandler:
     """Answers `generate` requests with SGLang."""
 
-    def __init__(self, engine: SGLangEngine) -> None:
+    def __init__(self, engine: SGLangEngine, records: RequestRecords) -> None:
         self.engine = engine
+        self.records = records
 
     @answers_errors
     async def generate(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -39,14 +38,14 @@ class RequestHandler:
         if request.get("describe"):
             yield {**to_wire(self.engine.description), "finish_reason": "stop"}
             return
-        started = time.monotonic()
-        engine_request = read_engine_request(request)
-        if engine_request.sampling_options.seed is not None and not self.engine.description.is_seed_supported:
-            raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
         rid = uuid.uuid4().hex  # SGLang's own id: unique, and never the prefix of another one
         num_output_tokens_so_far = 0
-        finish_reason = None
-        with when_stopped(context, lambda: self.engine.abort(rid)):
+        with self.records.begin(take_origin(request)) as record, when_stopped(context, lambda: self.engine.abort(rid)):
+            engine_request = read_engine_request(request)
+            if engine_request.sampling_options.seed is not None and not self.engine.description.is_seed_supported:
+                raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
+            record.num_prompt_tokens = len(engine_request.token_ids)
+            record.is_streamed = engine_request.output_options.stream
             async for output in self.engine.generate(
                 engine_request.token_ids,
                 sglang_sampling_params(engine_request),
@@ -55,18 +54,12 @@ class RequestHandler:
             ):
                 chunk = new_tokens(output, num_output_tokens_so_far)
                 num_output_tokens_so_far = len(output["output_ids"])
-                finish_reason = chunk.finish_reason
+                record.add_tokens(len(chunk.token_ids))
                 if context.is_stopped():
                     break
+                if chunk.finish_reason is not None:
+                    record.finish(chunk.finish_reason, queue_time_s=output["meta_info"].get("queue_time"))
                 yield to_wire(chunk)
-        logger.info(
-            "request %s: %d prompt tokens, %d output tokens, %s, %.0f ms",
-            engine_request.request_id,
-            len(engine_request.token_ids),
-            num_output_tokens_so_far,
-            finish_reason or "cancelled",
-            (time.monotonic() - started) * 1000,
-        )
 
 
 def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
@@ -90,9 +83,11 @@ def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
 @dynamo_worker(static=False)
 async def worker(runtime: DistributedRuntime, engine: SGLangEngine) -> None:
     engine.leave_signals_to(runtime.request_stop)
+    metrics = Metrics("engine")
+    await runtime.expose_metrics(metrics.text)
     component = runtime.namespace("inference").component("engine")
     await component.create_service()
-    handler = RequestHandler(engine)
+    handler = RequestHandler(engine, RequestRecords(metrics))
     await component.endpoint("generate").serve_endpoint(handler.generate)
 
 

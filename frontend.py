@@ -30,11 +30,14 @@ from common.http_body import read_json
 from common.http_errors import install_error_handlers
 from common.http_request_id import HEADER, RequestId
 from common.http_server import serve_http
+from common.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.metrics import Metrics
 from common.model_directory import ModelDirectory
 from common.openai_api import ChatCompletionRequest, parse_chat_request
 from common.openapi import install_openapi
+from common.request_records import RequestRecord, RequestRecords
 from common.runtime import Client, Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.wire import ProcessorChunk, read_processor_chunk
+from common.wire import ProcessorChunk, put_origin, read_processor_chunk
 
 logger = logging.getLogger("frontend")
 
@@ -56,19 +59,23 @@ class RequestHandler:
         chat = parse_chat_request(body)
         if await self.models.knows_all() and chat.model not in await self.models.models():
             raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
-        body["request_id"] = request.state.request_id
+        record: RequestRecord = request.state.record
+        record.model, record.is_streamed = chat.model, chat.stream
+        put_origin(body, record.origin)
         chat_id = f"chatcmpl-{uuid.uuid4().hex}"
         if not chat.stream:
-            return await until_disconnected(request, self._whole_answer(chat, chat_id, body))
-        response_stream = self._processor_chunks(chat, chat_id, body)
+            return await until_disconnected(request, self._whole_answer(chat, chat_id, body, record))
+        response_stream = self._processor_chunks(chat, chat_id, body, record)
         # An error before the first chunk still gets a status of its own.
         first = await until_disconnected(request, anext(response_stream))
         events = AnswerStream(chat_id, chat.model, is_usage_wanted=chat.is_usage_wanted)
-        return EventSourceResponse(self._events(events, first, response_stream), headers=_STREAM_HEADERS)
+        return EventSourceResponse(self._events(events, first, response_stream, record), headers=_STREAM_HEADERS)
 
-    async def _whole_answer(self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any]) -> Response:
+    async def _whole_answer(
+        self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any], record: RequestRecord
+    ) -> Response:
         answer = Answer(chat_id, chat.model, chat.n)
-        async with aclosing(self._processor_chunks(chat, chat_id, body, answer)) as response_stream:
+        async with aclosing(self._processor_chunks(chat, chat_id, body, record, answer)) as response_stream:
             async for chunk in response_stream:
                 answer.add(chunk)
         return Response(answer.to_json(), media_type="application/json")
@@ -78,6 +85,7 @@ class RequestHandler:
         events: AnswerStream,
         first: ProcessorChunk,
         response_stream: AsyncGenerator[ProcessorChunk, None],
+        record: RequestRecord,
     ) -> AsyncGenerator[bytes, None]:
         try:
             async with aclosing(response_stream):
@@ -85,14 +93,20 @@ class RequestHandler:
                 async for chunk in response_stream:
                     yield events.events(chunk)
             yield events.end()
-        except PipelineError as error:
+        except Exception as error:
+            if not isinstance(error, PipelineError):
+                logger.exception("a stream broke")
+                error = InternalError("The server had an error while processing your request.")
+            record.outcome = error.outcome
             yield sse(error.to_wire())
-        except Exception:
-            logger.exception("a stream broke")
-            yield sse(InternalError("The server had an error while processing your request.").to_wire())
 
     async def _processor_chunks(
-        self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any], answer: Answer | None = None
+        self,
+        chat: ChatCompletionRequest,
+        chat_id: str,
+        body: dict[str, Any],
+        record: RequestRecord,
+        answer: Answer | None = None,
     ) -> AsyncGenerator[ProcessorChunk, None]:
         """A processor's chunks for one request, until the last one, the deadline, or until nobody listens."""
         deadline = asyncio.get_running_loop().time() + self.args.request_timeout_s
@@ -112,15 +126,18 @@ class RequestHandler:
                     num_characters += len(data.content)
                     if num_characters > MAX_ANSWER_CHARACTERS:
                         raise BadUpstream("The processor's answer does not end.")
+                    record.add_text(data, chat.n)
                     yield data
+            record.finish()
         except TimeoutError:
             raise DeadlineExceeded(f"The answer took longer than {self.args.request_timeout_s:g} seconds.") from None
 
 
-def create_app(processor_client: Client, engine_client: Client, args: FrontendArgs) -> FastAPI:
+def create_app(processor_client: Client, engine_client: Client, args: FrontendArgs, metrics: Metrics) -> FastAPI:
     """The HTTP side as an ASGI app. `engine_client` is only asked whether an engine is there."""
     models = ModelDirectory(processor_client)
-    handler = RequestHandler(FailoverClient(processor_client, wait_s=args.processor_wait_s), models, args)
+    processor = FailoverClient(processor_client, metrics.calls_of(processor_client), wait_s=args.processor_wait_s)
+    handler = RequestHandler(processor, models, args)
     app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", handler.chat_completions, methods=["POST"])
     install_error_handlers(app)
@@ -153,6 +170,10 @@ def create_app(processor_client: Client, engine_client: Client, args: FrontendAr
             raise Unavailable(f"Waiting for {missing}.")
         return JSONResponse({"status": "ready"} | instances)
 
+    @app.api_route("/metrics", methods=GET)
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=METRICS_TYPE)
+
     app.add_middleware(ConcurrencyLimit, limit=args.max_concurrency)
     app.add_middleware(ApiKeys, keys=args.api_keys)
     if args.cors_origins:
@@ -160,7 +181,7 @@ def create_app(processor_client: Client, engine_client: Client, args: FrontendAr
             CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
             expose_headers=[HEADER],
         )  # fmt: skip
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestId, records=RequestRecords(metrics))
     return app
 
 
@@ -169,7 +190,9 @@ async def worker(runtime: DistributedRuntime, args: FrontendArgs) -> None:
     namespace = runtime.namespace("inference")
     processor_client = await namespace.component("processor").endpoint("process").client()
     engine_client = await namespace.component("engine").endpoint("generate").client()
-    app = create_app(processor_client, engine_client, args)
+    metrics = Metrics("frontend")
+    await runtime.expose_metrics(metrics.text)
+    app = create_app(processor_client, engine_client, args, metrics)
     await serve_http(
         app,
         runtime,

@@ -6,7 +6,6 @@ It serves `inference/processor/process`. For each request it renders and tokeniz
 for each choice, and turns the token ids that come back into text: once at the end, or piece by piece for a stream.
 """
 
-import logging
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -22,8 +21,10 @@ from common.failover import FailoverClient
 from common.generated_text import GeneratedText
 from common.logprobs import logprob_entries
 from common.merge import merged
+from common.metrics import Metrics
 from common.openai_api import ChatCompletionRequest, parse_chat_request
 from common.processor_args import ProcessorArgs, parse_processor_args
+from common.request_records import RequestRecord, RequestRecords
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.sampling import check_logit_bias, engine_request, remaining_request
 from common.wire import (
@@ -34,18 +35,20 @@ from common.wire import (
     ProcessorDescription,
     Usage,
     read_engine_chunk,
+    take_origin,
     to_wire,
 )
-
-logger = logging.getLogger("processor")
 
 
 class RequestHandler:
     """Answers `process` requests for one model, with the help of any engine that runs it."""
 
-    def __init__(self, engine: FailoverClient, tokenizer: ChatTokenizer, *, model_names: list[str]) -> None:
+    def __init__(
+        self, engine: FailoverClient, tokenizer: ChatTokenizer, records: RequestRecords, *, model_names: list[str]
+    ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.records = records
         self.description = ProcessorDescription(models=model_names, created=int(time.time()))
 
     @answers_errors
@@ -54,28 +57,26 @@ class RequestHandler:
         if request.get("describe"):
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
-        started = time.monotonic()
-        request_id = str(request.pop("request_id", ""))
-        chat = parse_chat_request(request)
-        if chat.model not in self.description.models:
-            raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
-        check_logit_bias(chat, self.tokenizer.vocab_size)
-        token_ids = await self.tokenizer.encode_chat(chat.messages)
-        choices = self._choices(chat, token_ids, request_id)
-        num_unfinished = len(choices)
-        async with aclosing(merged([choice.chunks(context) for choice in choices])) as chunks:
-            async for chunk in chunks:
-                num_unfinished -= chunk.finish_reason is not None
-                if not num_unfinished:  # the last chunk of all
-                    num_tokens = sum(choice.num_tokens for choice in choices)
-                    chunk.usage = Usage(len(token_ids), num_tokens, len(token_ids) + num_tokens)
-                    logger.info(
-                        "request %s: %d prompt tokens, %d completion tokens, %.0f ms",
-                        request_id, len(token_ids), num_tokens, (time.monotonic() - started) * 1000,
-                    )  # fmt: skip
-                yield to_wire(chunk)
+        with self.records.begin(take_origin(request)) as record:
+            chat = parse_chat_request(request)
+            record.model, record.is_streamed = chat.model, chat.stream
+            if chat.model not in self.description.models:
+                raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
+            check_logit_bias(chat, self.tokenizer.vocab_size)
+            token_ids = await self.tokenizer.encode_chat(chat.messages)
+            record.num_prompt_tokens = len(token_ids)
+            choices = self._choices(chat, token_ids, record)
+            num_unfinished = len(choices)
+            async with aclosing(merged([choice.chunks(context) for choice in choices])) as chunks:
+                async for chunk in chunks:
+                    num_unfinished -= chunk.finish_reason is not None
+                    if not num_unfinished:  # the last chunk of all
+                        num_tokens = sum(choice.num_tokens for choice in choices)
+                        chunk.usage = Usage(len(token_ids), num_tokens, len(token_ids) + num_tokens)
+                        record.finish(chunk.finish_reason)
+                    yield to_wire(chunk)
 
-    def _choices(self, chat: ChatCompletionRequest, token_ids: list[int], request_id: str) -> "list[Choice]":
+    def _choices(self, chat: ChatCompletionRequest, token_ids: list[int], record: RequestRecord) -> "list[Choice]":
         max_tokens = self.tokenizer.answer_budget(len(token_ids), chat.num_tokens_asked)
         defaults = self.tokenizer.sampling_defaults
         return [
@@ -90,8 +91,9 @@ class RequestHandler:
                     index=index,
                     max_tokens=max_tokens,
                     defaults=defaults,
-                    request_id=request_id,
+                    origin=record.origin,
                 ),
+                record,
             )
             for index in range(chat.n)
         ]
@@ -110,9 +112,10 @@ class Choice:
         chat: ChatCompletionRequest,
         index: int,
         request: EngineRequest,
+        record: RequestRecord,
     ) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.chat, self.index, self.request = chat, index, request
+        self.chat, self.index, self.request, self.record = chat, index, request, record
         self.num_tokens = 0
 
     async def chunks(self, context: Context) -> AsyncGenerator[ProcessorChunk, None]:
@@ -132,6 +135,7 @@ class Choice:
                 budget -= len(data.token_ids)
                 if budget < 0:
                     raise BadUpstream("The engine sent more tokens than it was asked for.")
+                self.record.add_tokens(len(data.token_ids), self.index)
                 yield data
 
     async def _accumulated(self, engine_response: AsyncGenerator[EngineChunk, None]) -> ProcessorChunk:
@@ -177,11 +181,15 @@ class Choice:
 @dynamo_worker(static=False)
 async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: ChatTokenizer) -> None:
     engine_client = await runtime.namespace("inference").component("engine").endpoint("generate").client()
-    engine = FailoverClient(engine_client, resume=remaining_request, wait_s=args.engine_wait_s)
+    metrics = Metrics("processor")
+    await runtime.expose_metrics(metrics.text)
+    engine = FailoverClient(
+        engine_client, metrics.calls_of(engine_client), resume=remaining_request, wait_s=args.engine_wait_s
+    )
 
     component = runtime.namespace("inference").component("processor")
     await component.create_service()
-    handler = RequestHandler(engine, tokenizer, model_names=args.model_names)
+    handler = RequestHandler(engine, tokenizer, RequestRecords(metrics), model_names=args.model_names)
     await component.endpoint("process").serve_endpoint(handler.process)
 
 

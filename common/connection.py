@@ -9,7 +9,7 @@ one runtime a process leaves no such way: then the process ends and says so.
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from common import dynamo_releases
@@ -48,6 +48,7 @@ class Connection:
         self._reconnecting = asyncio.Lock()
         self._served: dict[str, Any] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._metrics_text: Callable[[], str] | None = None
 
     def run_in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -70,7 +71,16 @@ class Connection:
                 "and NATS_AUTH_*."
             ) from error
         self.generation += 1
+        if self._metrics_text is not None:
+            await self.expose_metrics(self._metrics_text)
         self.run_in_background(self._watch(self.raw, self.generation))
+
+    async def expose_metrics(self, metrics_text: Callable[[], str]) -> None:
+        """Show these metrics, in Prometheus' format, behind Dynamo's own at /metrics, if DYN_SYSTEM_PORT is set."""
+        self._metrics_text = metrics_text
+        endpoint = await dynamo_releases.open_endpoint(self.raw, *_NOBODY, serve=False)
+        if not dynamo_releases.expose_metrics(endpoint, metrics_text) and os.environ.get("DYN_SYSTEM_PORT"):
+            logger.warning("this Dynamo shows none but its own metrics at DYN_SYSTEM_PORT")
 
     async def _watch(self, raw: Any, generation: int) -> None:
         """Notice the runtime's end, which a process without a service would otherwise never learn of."""

@@ -23,7 +23,7 @@ Each function below is one row or two. Releases are told apart by what they offe
 import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ os.environ["DYN_REQUEST_PLANE"] = "nats"
 os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
 # Response streams come back over TCP from whoever answers. Loopback unless the operator names an interface.
 os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
+os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")  # where DYN_SYSTEM_PORT, if it is set, is opened
 # With all three of these etcd is spoken to in TLS; Dynamo ignores one or two of them.
 ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 # More threads only wait for each other: all of them need Python's interpreter lock for every item.
@@ -117,6 +118,13 @@ async def open_endpoint(runtime: Any, namespace: str, component: str, endpoint: 
     if serve:
         await owner.create_service()
     return owner.endpoint(endpoint)
+
+
+def expose_metrics(endpoint: Any, metrics_text: Callable[[], str]) -> bool:
+    """Add to what Dynamo shows at DYN_SYSTEM_PORT. False where it shows nothing but its own metrics."""
+    if (metrics := getattr(endpoint, "metrics", None)) is not None:
+        metrics.register_prometheus_expfmt_callback(metrics_text)
+    return metrics is not None
 
 
 async def leave_discovery(runtime: Any, endpoint: Any) -> bool:

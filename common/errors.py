@@ -42,6 +42,11 @@ class PipelineError(Exception):
         self.message = message
         self.param = param
 
+    @property
+    def outcome(self) -> str:
+        """How a request ended that ended with this: the code, or the type where there is no code."""
+        return self.code or self.type
+
     def to_wire(self) -> dict[str, Any]:
         """`{"error": {...}}` as it crosses NATS: OpenAI's envelope."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}

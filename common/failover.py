@@ -17,6 +17,7 @@ from common import dynamo_releases
 from common.cancellation import child_context
 from common.errors import BadUpstream, PipelineError, RequestTooLarge, Unavailable
 from common.instance_pool import Among, InstancePool
+from common.metrics import CallMetrics
 from common.runtime import Client, Context
 from common.server_access import nats_max_payload
 from common.wire import is_aborted, is_error, is_saying_something, is_terminal
@@ -55,8 +56,11 @@ class FailoverClient:
     wait_s: how long a call waits for an instance, and for a first word of one, before it is `Unavailable`.
     """
 
-    def __init__(self, client: Client, *, resume: Resume | None = None, wait_s: float = 30.0) -> None:
+    def __init__(
+        self, client: Client, metrics: CallMetrics, *, resume: Resume | None = None, wait_s: float = 30.0
+    ) -> None:
         self._client = client
+        self._metrics = metrics
         self._resume = resume
         self._wait_s = wait_s
         self._instances = InstancePool(client, wait_s=wait_s)
@@ -122,6 +126,7 @@ class FailoverClient:
                 if is_terminal(request):
                     yield _LastChunk(request)
                     return
+            (self._metrics.migrations if delivered else self._metrics.retries).inc()
             delivered = []
             await asyncio.sleep(_RETRY_PAUSE_S)
         raise BadUpstream(f"{MAX_ATTEMPTS} calls of {self._client} broke; giving up on this request.")

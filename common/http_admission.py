@@ -11,7 +11,7 @@ from common.errors import InvalidApiKey, Overloaded, PipelineError
 from common.http_errors import error_response
 
 PROTECTED_PREFIX = "/v1/"
-LIMITED_PATH = "/v1/chat/completions"
+CHAT_PATH = "/v1/chat/completions"
 
 
 def _digest(key: str) -> bytes:
@@ -33,7 +33,7 @@ class ApiKeys:
             matches = [hmac.compare_digest(given, digest) for digest in self._digests]
             if scheme.lower() != "bearer" or not any(matches):
                 error = InvalidApiKey("Missing or wrong API key. Send it as: Authorization: Bearer KEY.")
-                await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
+                await error_response(scope, error, {"www-authenticate": "Bearer"})(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -47,12 +47,12 @@ class ConcurrencyLimit:
         self._num_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != LIMITED_PATH:
+        if scope["type"] != "http" or scope["path"] != CHAT_PATH:
             await self._app(scope, receive, send)
             return
         if self._num_in_flight >= self._limit:
             error: PipelineError = Overloaded(f"{self._limit} requests are in work, which is the limit. Try again.")
-            await error_response(error)(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
             return
         self._num_in_flight += 1
         try:

@@ -14,26 +14,29 @@ from common.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFo
 logger = logging.getLogger(__name__)
 
 
-def error_response(error: PipelineError, headers: dict[str, str] | None = None) -> Response:
+def error_response(scope: Scope, error: PipelineError, headers: dict[str, str] | None = None) -> Response:
+    """The answer to a request that fails, noted in its record if it has one."""
+    if (record := scope["state"].get("record")) is not None:
+        record.outcome = error.outcome
     all_headers = dict(headers or {})
     if error.retry_after_s is not None:
         all_headers["retry-after"] = str(error.retry_after_s)
     return Response(error_json(error), error.status, all_headers, media_type="application/json")
 
 
-async def _on_pipeline_error(_: Request, error: Exception) -> Response:
+async def _on_pipeline_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PipelineError)
-    return error_response(error)
+    return error_response(request.scope, error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return error_response(NotFound(f"There is nothing at {request.url.path}."), headers)
+        return error_response(request.scope, NotFound(f"There is nothing at {request.url.path}."), headers)
     if error.status_code == 405:
-        return error_response(MethodNotAllowed(f"{request.method} is not allowed here."), headers)
-    return error_response(InvalidRequest(str(error.detail)), headers)
+        return error_response(request.scope, MethodNotAllowed(f"{request.method} is not allowed here."), headers)
+    return error_response(request.scope, InvalidRequest(str(error.detail)), headers)
 
 
 class CatchAll:
@@ -62,7 +65,7 @@ class CatchAll:
                 raise  # the server logs it, and breaks the connection off
             logger.exception("%s %s failed", scope["method"], scope["path"])
             error = InternalError("The server had an error while processing your request.")
-            await error_response(error)(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -100,6 +100,11 @@ def openapi_document(*, is_key_required: bool) -> dict[str, Any]:
         {**_answer("A processor and an engine are there.", "Ready"), **error_responses(Unavailable)},
         operationId="ready",
     )
+    metrics = _operation(
+        "What the frontend has counted",
+        {"200": response("Prometheus' text format.", {"text/plain": STRING})},
+        operationId="metrics",
+    )
     return {
         "openapi": "3.1.0",
         "info": {"title": "Chat completions on Dynamo", "version": "1.0", "description": _DESCRIPTION},
@@ -109,6 +114,7 @@ def openapi_document(*, is_key_required: bool) -> dict[str, Any]:
             "/v1/models/{model}": {"get": under_v1(model)},
             "/health": {"get": health},
             "/ready": {"get": ready},
+            "/metrics": {"get": metrics},
         },
         "components": components,
     }

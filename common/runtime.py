@@ -18,7 +18,8 @@ from typing import Any, Concatenate, ParamSpec
 
 from common import dynamo_releases
 from common.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
-from common.dynamo_releases import Context, configure_dynamo_logging
+from common.dynamo_releases import Context
+from common.logs import configure_dynamo_logging
 from common.servers import ServersMissing
 
 __all__ = [
@@ -139,6 +140,10 @@ class Client:
     async def instance_ids(self) -> list[int]:
         """Who serves the endpoint, as etcd says now. An instance that was killed stays listed for up to 10 s."""
         return list((await self.refresh()).instance_ids())
+
+    def num_instances(self) -> int:
+        """How many `instance_ids` would name, for those who cannot wait."""
+        return len(self._raw.instance_ids())
 
     async def generate(self, request: dict[str, Any], context: Context | None = None) -> AsyncIterator[Any]:
         """Call the next instance in turn. Each item of the stream has the worker's dict in `.data()`.

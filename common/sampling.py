@@ -4,7 +4,7 @@ from typing import Any
 
 from common.errors import InvalidRequest
 from common.openai_api import ChatCompletionRequest
-from common.wire import EngineRequest, OutputOptions, SamplingOptions, StopConditions
+from common.wire import EngineRequest, Origin, OutputOptions, SamplingOptions, StopConditions
 
 # SGLang's fixed default of 128 new tokens would cut answers short, so `max_tokens` is always given.
 _SAMPLING_FIELDS = (
@@ -19,7 +19,7 @@ def engine_request(
     index: int,
     max_tokens: int,
     defaults: dict[str, float | int],
-    request_id: str,
+    origin: Origin,
 ) -> EngineRequest:
     """The request for choice `index`. `defaults`: the model's own sampling values, for what the client left open.
 
@@ -34,7 +34,8 @@ def engine_request(
         stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=chat.ignore_eos),
         # A stop string has to be seen when it appears, so the engine may not keep the answer to itself.
         output_options=OutputOptions(stream=chat.stream or bool(chat.stop_strings), logprobs=chat.num_top_logprobs),
-        request_id=request_id,
+        request_id=origin.request_id,
+        traceparent=origin.traceparent,
     )
 
 

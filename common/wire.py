@@ -1,6 +1,6 @@
 """The dicts that cross NATS, each as one type: the only module that knows their keys.
 
-    frontend  -> processor  the OpenAI request as it came, plus "request_id"
+    frontend  -> processor  the OpenAI request as it came, plus "request_id" and "traceparent"
     processor -> frontend   {"content": ...}, then {"finish_reason": ..., "usage": ...}     ProcessorChunk
     processor -> engine     {"token_ids", "sampling_options", "stop_conditions", ...}       EngineRequest
     engine    -> processor  {"token_ids": [new ids]}, then {"finish_reason": ...}           EngineChunk
@@ -11,7 +11,7 @@ still fits on every hop. `{"describe": true}` asks a worker what it serves; one 
 answers with an error and is taken as it is.
 """
 
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -60,6 +60,7 @@ class EngineRequest(msgspec.Struct, omit_defaults=True):
     stop_conditions: StopConditions = msgspec.field(default_factory=StopConditions)
     output_options: OutputOptions = msgspec.field(default_factory=OutputOptions)
     request_id: str = ""
+    traceparent: str = ""
 
 
 class EngineChunk(msgspec.Struct, omit_defaults=True):
@@ -131,6 +132,23 @@ def to_wire(message: msgspec.Struct) -> dict[str, Any]:
     """The dict for a message, without what is at its default."""
     wire: dict[str, Any] = msgspec.to_builtins(message)
     return wire
+
+
+class Origin(NamedTuple):
+    """The client's request that a request on the wire is for: its id, for the logs, and its W3C traceparent."""
+
+    request_id: str = ""
+    traceparent: str = ""
+
+
+def put_origin(request: dict[str, Any], origin: Origin) -> None:
+    """Say in a request's dict who it is for."""
+    request |= origin._asdict()
+
+
+def take_origin(request: dict[str, Any]) -> Origin:
+    """Who a request is for, taken out of its dict."""
+    return Origin(str(request.pop("request_id", "")), str(request.pop("traceparent", "")))
 
 
 def read_engine_request(data: Any) -> EngineRequest:

@@ -36,7 +36,7 @@ class CountingEngine:
             while len(output_ids) < num_tokens and rid not in self._aborted:
                 output_ids.append(1000 + len(output_ids))
                 finish_reason = {"type": "length"} if len(output_ids) == num_tokens else None
-                yield {"output_ids": [*output_ids], "meta_info": {"finish_reason": finish_reason}}
+                yield {"output_ids": [*output_ids], "meta_info": {"finish_reason": finish_reason, "queue_time": 0.25}}
                 await asyncio.sleep(0.01)
         finally:
             print(f"ended after {len(output_ids)} of {num_tokens}", flush=True)

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from common.frontend_args import FrontendArgs
+from common.metrics import Metrics
 from frontend import create_app
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Pipeline, Process, wait_until
@@ -260,7 +261,7 @@ class BrokenClient:
 @pytest.mark.anyio
 async def test_a_bug_is_a_500_that_tells_nothing_but_its_id(caplog: pytest.LogCaptureFixture) -> None:
     broken: Any = BrokenClient()
-    app = create_app(broken, broken, FrontendArgs(cors_origins=("https://example.com",)))
+    app = create_app(broken, broken, FrontendArgs(cors_origins=("https://example.com",)), Metrics("frontend"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://frontend") as client:
         with caplog.at_level(logging.INFO):
             answer = await client.get("/v1/models", headers={"x-request-id": "mine", "origin": "https://example.com"})

@@ -16,6 +16,7 @@ import schemathesis
 
 from common.errors import PipelineError
 from common.frontend_args import FrontendArgs
+from common.metrics import Metrics
 from common.openai_api import NO_OPS, ChatCompletionRequest
 from common.openapi import openapi_document
 from common.strict_model import IGNORED
@@ -89,7 +90,7 @@ def test_the_document_is_valid_openapi(is_key_required: bool) -> None:
 
 def test_every_route_is_in_the_document() -> None:
     nobody: Any = None
-    app = create_app(nobody, nobody, FrontendArgs())
+    app = create_app(nobody, nobody, FrontendArgs(), Metrics("frontend"))
     routes = {route.path.replace(":path", "") for route in app.routes if getattr(route, "include_in_schema", False)}
     assert routes == set(openapi_document(is_key_required=False)["paths"])
 
