@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 
+from common.dynamo_releases import child_of
 from common.runtime import Context
 
 POLL_S = 0.05
@@ -60,7 +61,7 @@ def child_context(parent: Context) -> Iterator[Context]:
 
     So an engine is told to stop when the client goes away, when a stop string was found, and when we fail.
     """
-    child = Context()
+    child = child_of(parent)
     with when_stopped(parent, child.stop_generating):
         try:
             yield child

@@ -23,6 +23,7 @@ Each function below is one row or two. Releases are told apart by what they offe
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,11 @@ async def leave_discovery(runtime: Any, endpoint: Any) -> bool:
         return False
     await unregister()
     return True
+
+
+def child_of(context: Context) -> Context:
+    """A context that is stopped by itself, and belongs to the same trace of Dynamo's where there are traces."""
+    return context.detached(uuid.uuid4().hex) if hasattr(context, "detached") else Context()
 
 
 def repeat_early_stop(context: Context | None) -> None:

@@ -33,8 +33,8 @@ also, unless given: --device cpu, --disable-overlap-schedule, --grammar-backend 
 --sleep-on-idle, --max-total-tokens 32768, --mem-fraction-static 0.5, and OMP_NUM_THREADS at
 half the cores. CUDA_VISIBLE_DEVICES="" hides the GPUs of a machine that has some.
 
-The environment variables NATS_SERVER, ETCD_ENDPOINTS and DYN_LOG mean what they mean
-everywhere in Dynamo.
+The environment variables NATS_SERVER, ETCD_ENDPOINTS, DYN_LOG and DYN_SYSTEM_PORT (for /metrics)
+mean what they mean everywhere in Dynamo.
 """
 
 # The engine reads items that hold the whole answer so far, and sends on what is new in them.

@@ -1,6 +1,7 @@
 """engine.py as it is, without SGLang under it: its own handler and worker, on an object that counts upwards."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from common.sglang_engine import SGLangEngine
 from common.sglang_output import Output
 from common.wire import EngineDescription, OutputOptions
 from engine import worker
+
+logger = logging.getLogger("counting_engine")
 
 
 class CountingEngine:
@@ -39,7 +42,7 @@ class CountingEngine:
                 yield {"output_ids": [*output_ids], "meta_info": {"finish_reason": finish_reason, "queue_time": 0.25}}
                 await asyncio.sleep(0.01)
         finally:
-            print(f"ended after {len(output_ids)} of {num_tokens}", flush=True)
+            logger.info("ended after %d of %d", len(output_ids), num_tokens)
 
 
 if __name__ == "__main__":
