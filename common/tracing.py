@@ -26,6 +26,7 @@ from common.environment import is_on
 
 logger = logging.getLogger(__name__)
 
+EXPORT_TIMEOUT_S = 2.0  # for all tries of one batch; the last one is on the way when a process stops
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -80,5 +81,5 @@ def tracer_for(component: str) -> Tracer:
         return NoOpTracer()
     service = os.environ.get("OTEL_SERVICE_NAME") or f"chat-{component}"
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=EXPORT_TIMEOUT_S)))
     return provider.get_tracer("dynamo-chat-pipeline")

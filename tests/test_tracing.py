@@ -230,4 +230,4 @@ class TestExport:
             assert ask(pipeline, "span-6").status_code == 200
             started = time.monotonic()
             assert [process.terminate() for process in reversed(pipeline.processes)] == [0, 0, 0]
-            assert time.monotonic() - started < 3 * 6
+            assert time.monotonic() - started < 3 * 8, "each is through in two seconds, on a machine that is not busy"
