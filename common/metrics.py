@@ -61,7 +61,9 @@ class Metrics:
             )
         if component == "engine":
             self.queue_time = self._histogram(
-                "queue_time_seconds", "How long SGLang let a request wait before it began with it.", _DURATION_BUCKETS
+                "queue_time_seconds",
+                "How long SGLang let a request wait before it began with it; with --enable-metrics.",
+                _DURATION_BUCKETS,
             )
         else:
             self._retries = self._counter(
