@@ -16,6 +16,7 @@ import uvloop
 
 from common.chat_tokenizer import ChatTokenizer
 from common.detokenizer import detokenize
+from common.engine_directory import EngineDirectory
 from common.errors import BadUpstream, ModelNotFound, answers_errors
 from common.failover import FailoverClient
 from common.generated_text import GeneratedText
@@ -44,9 +45,15 @@ class RequestHandler:
     """Answers `process` requests for one model, with the help of any engine that runs it."""
 
     def __init__(
-        self, engine: FailoverClient, tokenizer: ChatTokenizer, records: RequestRecords, *, model_names: list[str]
+        self,
+        engine: FailoverClient,
+        engines: EngineDirectory,
+        tokenizer: ChatTokenizer,
+        records: RequestRecords,
+        *,
+        model_names: list[str],
     ) -> None:
-        self.engine = engine
+        self.engine, self.engines = engine, engines
         self.tokenizer = tokenizer
         self.records = records
         self.description = ProcessorDescription(models=model_names, created=int(time.time()))
@@ -63,6 +70,7 @@ class RequestHandler:
             if chat.model not in self.description.models:
                 raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
             check_logit_bias(chat, self.tokenizer.vocab_size)
+            self.tokenizer.context_length = await self.engines.context_length()
             token_ids = await self.tokenizer.encode_chat(chat.messages)
             record.num_prompt_tokens = len(token_ids)
             choices = self._choices(chat, token_ids, record)
@@ -183,13 +191,19 @@ async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: Ch
     engine_client = await runtime.namespace("inference").component("engine").endpoint("generate").client()
     metrics = Metrics("processor")
     await runtime.expose_metrics(metrics.text)
+    engines = EngineDirectory(engine_client, tokenizer.model)
     engine = FailoverClient(
-        engine_client, metrics.calls_of(engine_client), resume=remaining_request, wait_s=args.engine_wait_s
+        engine_client,
+        metrics.calls_of(engine_client),
+        resume=remaining_request,
+        wait_s=args.engine_wait_s,
+        among=engines.fitting,
+        misfit=f"Those that run have another tokenizer than {tokenizer.model.model}.",
     )
 
     component = runtime.namespace("inference").component("processor")
     await component.create_service()
-    handler = RequestHandler(engine, tokenizer, RequestRecords(metrics), model_names=args.model_names)
+    handler = RequestHandler(engine, engines, tokenizer, RequestRecords(metrics), model_names=args.model_names)
     await component.endpoint("process").serve_endpoint(handler.process)
 
 

@@ -21,6 +21,8 @@ from common.chat_messages import Message
 from common.detokenizer import special_token_ids
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.token_bytes import token_bytes
+from common.tokenizer_identity import tokenizer_sha256
+from common.wire import EngineDescription
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +32,23 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class ChatTokenizer:
     """One model's tokenizer and chat template.
 
-    context_length: tokens that prompt and answer share. sampling_defaults: what the model's
-    generation_config.json recommends, under OpenAI's names.
+    context_length: tokens that prompt and answer share; may be set anew at any time. sampling_defaults: what the
+    model's generation_config.json recommends, under OpenAI's names. model: what an engine would say of the model.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        context_length: int,
+        model: EngineDescription,
         sampling_defaults: dict[str, float | int] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self.token_bytes = token_bytes(self.backend)
         self.hidden_ids = special_token_ids(self.backend)
-        self.context_length = context_length
+        self.model = model
+        self.context_length = model.context_length
         self.sampling_defaults = sampling_defaults or {}
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
@@ -63,9 +66,14 @@ class ChatTokenizer:
             raise ValueError(f"{model} has no fast tokenizer (tokenizer.json)")
         if not tokenizer.chat_template:
             raise ValueError(f"{model} has no chat template")
-        config = AutoConfig.from_pretrained(model)
-        context_length = getattr(config.get_text_config(), "max_position_embeddings", 0)
-        return cls(tokenizer, context_length=context_length or 2048, sampling_defaults=_sampling_defaults(model))
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        description = EngineDescription(
+            model,
+            context_length=getattr(config, "max_position_embeddings", 0) or 2048,
+            vocab_size=config.vocab_size,
+            tokenizer_sha256=tokenizer_sha256(model),
+        )
+        return cls(tokenizer, model=description, sampling_defaults=_sampling_defaults(model))
 
     async def encode_chat(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, ending where the assistant's answer begins.

@@ -54,16 +54,25 @@ class FailoverClient:
     resume: makes the request for what is left after some dicts were delivered; None means that a broken stream
     cannot go on.
     wait_s: how long a call waits for an instance, and for a first word of one, before it is `Unavailable`.
+    among: which instances may be called at all (default: all of them). misfit: what is wrong with the others.
     """
 
     def __init__(
-        self, client: Client, metrics: CallMetrics, *, resume: Resume | None = None, wait_s: float = 30.0
+        self,
+        client: Client,
+        metrics: CallMetrics,
+        *,
+        resume: Resume | None = None,
+        wait_s: float = 30.0,
+        among: Among | None = None,
+        misfit: str = "",
     ) -> None:
         self._client = client
         self._metrics = metrics
         self._resume = resume
         self._wait_s = wait_s
-        self._instances = InstancePool(client, wait_s=wait_s)
+        self._among = among
+        self._instances = InstancePool(client, wait_s=wait_s, misfit=misfit)
 
     async def generate(
         self,
@@ -77,7 +86,7 @@ class FailoverClient:
 
         Leaving the generator early stops the worker.
 
-        among: which instances may answer (default: all of them), asked again at each attempt.
+        among: which instances may answer (default: those of the client), asked again at each attempt.
         start_over: called where the caller can forget what was delivered and take the answer from its beginning.
 
         Raises:
@@ -89,7 +98,7 @@ class FailoverClient:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
         for _ in range(MAX_ATTEMPTS):
-            instance_id = await self._instances.next(context, among)
+            instance_id = await self._instances.next(context, among or self._among)
             if instance_id is None:
                 return
             num_finished = num_empty = 0

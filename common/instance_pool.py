@@ -25,11 +25,13 @@ class InstancePool:
     """The instances of one endpoint, as this process has found them to be.
 
     wait_s: how long a call waits for an instance before it is `Unavailable`.
+    misfit: what is wrong with those that a call may not use, for its error message.
     """
 
-    def __init__(self, client: Client, *, wait_s: float) -> None:
+    def __init__(self, client: Client, *, wait_s: float, misfit: str = "") -> None:
         self._client = client
         self._wait_s = wait_s
+        self._misfit = misfit
         self._resting: dict[int, float] = {}
         self._unanswered: defaultdict[int, set[Callable[[], None]]] = defaultdict(set)
         self._turn = 0
@@ -45,7 +47,9 @@ class InstancePool:
         is_announced = False
         while not (instances := await self._candidates(among)):
             if loop.time() >= deadline:
-                raise Unavailable(f"No instance of {self._client} is available. Is it running?")
+                is_anybody_there = self._misfit and await self._client.instance_ids()
+                hint = self._misfit if is_anybody_there else "Is it running?"
+                raise Unavailable(f"No instance of {self._client} is available. {hint}")
             if context.is_stopped():
                 return None
             if not is_announced:

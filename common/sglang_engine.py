@@ -32,7 +32,9 @@ class SGLangEngine:
             context_length=model_config.context_len,
             vocab_size=model_config.vocab_size,
             is_seed_supported=supports_seed(server_args),
-            tokenizer_sha256=tokenizer_sha256(server_args.model_path),
+            tokenizer_sha256=tokenizer_sha256(
+                server_args.tokenizer_path or server_args.model_path, server_args.revision
+            ),
         )
 
     def __enter__(self) -> "SGLangEngine":

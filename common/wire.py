@@ -78,7 +78,10 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
 
 
 class EngineDescription(msgspec.Struct, omit_defaults=True):
-    """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together."""
+    """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together.
+
+    vocab_size: rows of the model's embedding. tokenizer_sha256: see `tokenizer_identity`; "" where it is not known.
+    """
 
     model: str
     context_length: int

@@ -60,7 +60,13 @@ class FakeEngine:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.num_running = 0
-        self.description = EngineDescription("fake", context_length=8192, vocab_size=49152, is_seed_supported=True)
+        self.description = EngineDescription(
+            "fake",
+            context_length=args.context_length,
+            vocab_size=args.vocab_size,
+            is_seed_supported=True,
+            tokenizer_sha256=args.tokenizer_sha256,
+        )
 
     async def generate(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
         if request.get("describe"):
@@ -119,6 +125,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens-per-chunk", type=int, default=1)
     parser.add_argument("--token-interval-ms", type=float, default=0.0)
     parser.add_argument("--garbage", choices=[*GARBAGE, *ENDLESS])
+    parser.add_argument("--context-length", type=int, default=8192)
+    parser.add_argument("--vocab-size", type=int, default=49152)
+    parser.add_argument("--tokenizer-sha256", default="")
     parser.add_argument("--plain", action="store_true", help="know no more than the chapter")
     return parser.parse_args()
 
