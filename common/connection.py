@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from common import dynamo_releases
+from common.response_address import choose_response_address
 from common.server_access import check_access
 from common.servers import ServersMissing, wait_for_servers
 
@@ -59,8 +60,10 @@ class Connection:
         """Wait for etcd and NATS, then open a runtime.
 
         Raises:
-            ServersMissing: they did not come up within STARTUP_TIMEOUT_S, or refused us (credentials, TLS).
+            ServersMissing: they did not come up within STARTUP_TIMEOUT_S, or refused us (credentials, TLS); or there
+            is no address to listen on for answers.
         """
+        choose_response_address()
         await wait_for_servers(STARTUP_TIMEOUT_S)
         await check_access()
         try:

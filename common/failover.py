@@ -6,7 +6,7 @@ left to do, if its caller says how (`resume`), or from its beginning, if its cal
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import msgspec
 from common import dynamo_releases
 from common.cancellation import child_context
 from common.errors import BadUpstream, PipelineError, RequestTooLarge, Unavailable
+from common.instance_call import InstanceCall, InstanceFailed
 from common.instance_pool import Among, InstancePool
 from common.metrics import CallMetrics
 from common.runtime import Client, Context
@@ -32,10 +33,6 @@ _CLOSING_TIMEOUT_S = 1.0
 # The request as it should go to the next instance, given what has arrived already; or, where only the terminal dict
 # was still to come, that dict.
 Resume = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
-
-
-class _InstanceFailed(Exception):
-    """The instance went away before its stream was complete."""
 
 
 @dataclass
@@ -107,7 +104,7 @@ class FailoverClient:
                     async for chunk in stream:
                         data = chunk.data()
                         if is_aborted(data):
-                            raise _InstanceFailed("it gave the request up")
+                            raise InstanceFailed("it gave the request up")
                         num_empty = 0 if is_saying_something(data) else num_empty + 1
                         if num_empty > MAX_EMPTY_CHUNKS:
                             raise BadUpstream(f"An instance of {self._client} says nothing, again and again.")
@@ -117,8 +114,8 @@ class FailoverClient:
                         if num_finished == num_choices or is_error(data):
                             await _read_to_the_end(stream)
                             return
-                raise _InstanceFailed("its stream ended without a finish_reason")
-            except _InstanceFailed as failure:
+                raise InstanceFailed("its stream ended without a finish_reason")
+            except InstanceFailed as failure:
                 if context.is_stopped():
                     return
                 self._instances.rest(instance_id, failure)
@@ -142,16 +139,16 @@ class FailoverClient:
 
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
         try:
-            with child_context(context) as call:
-                starting = asyncio.ensure_future(self._client.direct(request, instance_id, context=call))
-
-                def give_up() -> None:
-                    call.stop_generating()
-                    starting.cancel()  # it would wait 10 s for a sign of life
-
-                with self._instances.unanswered(instance_id, give_up) as answered:
-                    async for chunk in await _unless_given_up(starting):
-                        answered()
+            with child_context(context) as call_context:
+                call = InstanceCall(call_context)
+                with self._instances.calling(instance_id, call):
+                    stream = await call.wait_for(self._client.direct(request, instance_id, context=call_context))
+                    while True:
+                        try:
+                            chunk = await call.wait_for(anext(stream))
+                        except StopAsyncIteration:
+                            return
+                        call.heard_at = asyncio.get_running_loop().time()
                         yield chunk
         except Exception as error:
             if dynamo_releases.is_too_large(error, request):
@@ -161,17 +158,7 @@ class FailoverClient:
             if dynamo_releases.is_nobody_there(error) and await _is_at_the_limit(request):
                 raise await _too_large(request) from error
             self._instances.give_up_on(instance_id)
-            raise _InstanceFailed(str(error)) from error
-
-
-async def _unless_given_up(starting: "asyncio.Future[AsyncIterator[Any]]") -> AsyncIterator[Any]:
-    try:
-        return await starting
-    except asyncio.CancelledError:
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():  # it is we who are cancelled
-            raise
-        raise _InstanceFailed("it failed on another request and has not answered this one") from None
+            raise InstanceFailed(str(error)) from error
 
 
 def _size(request: dict[str, Any]) -> int:
@@ -189,7 +176,7 @@ async def _too_large(request: dict[str, Any]) -> RequestTooLarge:
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:
     """Let a complete stream close by itself: breaking it off would look like a cancellation to the worker."""
-    with suppress(TimeoutError, PipelineError, _InstanceFailed):
+    with suppress(TimeoutError, PipelineError, InstanceFailed):
         async with asyncio.timeout(_CLOSING_TIMEOUT_S):
             async for _ in stream:
                 pass

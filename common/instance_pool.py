@@ -10,13 +10,17 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 from common.errors import Unavailable
-from common.runtime import Client, Context
+from common.instance_call import InstanceCall
+from common.runtime import DRAIN_TIMEOUT_S, Client, Context
 
 logger = logging.getLogger(__name__)
 
 # A failed instance rests for this long before anybody tries it again.
 QUARANTINE_S = 3.0
 _POLL_S = 0.1
+_LOOK_S = 1.0
+# One that is asked to stop leaves etcd at once, and may take until then to finish what it is answering.
+SILENCE_S = DRAIN_TIMEOUT_S + 5.0
 
 Among = Callable[[], Awaitable[set[int]]]
 
@@ -33,7 +37,8 @@ class InstancePool:
         self._wait_s = wait_s
         self._misfit = misfit
         self._resting: dict[int, float] = {}
-        self._unanswered: defaultdict[int, set[Callable[[], None]]] = defaultdict(set)
+        self._calls: defaultdict[int, set[InstanceCall]] = defaultdict(set)
+        self._watching: asyncio.Task[None] | None = None
         self._turn = 0
 
     async def next(self, context: Context, among: Among | None) -> int | None:
@@ -76,18 +81,39 @@ class InstancePool:
         self._resting[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
 
     @contextmanager
-    def unanswered(self, instance_id: int, give_up: Callable[[], None]) -> Iterator[Callable[[], None]]:
-        """A call of an instance that has not answered yet, and how to end it; the function given says that it has."""
-        calls = self._unanswered[instance_id]
-        calls.add(give_up)
+    def calling(self, instance_id: int, call: InstanceCall) -> Iterator[None]:
+        """For as long as `call` runs: it is given up when the instance turns out to be dead."""
+        calls = self._calls[instance_id]
+        calls.add(call)
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
         try:
-            yield lambda: calls.discard(give_up)
+            yield
         finally:
-            calls.discard(give_up)
-            if not calls and self._unanswered.get(instance_id) is calls:
-                del self._unanswered[instance_id]
+            calls.discard(call)
+            if not calls and self._calls.get(instance_id) is calls:
+                del self._calls[instance_id]
 
     def give_up_on(self, instance_id: int) -> None:
         """End the calls that it has not answered: it is probably dead, and they may go elsewhere."""
-        for give_up in self._unanswered.pop(instance_id, ()):
-            give_up()
+        for call in list(self._calls.get(instance_id, ())):
+            if call.heard_at is None:
+                call.give_up("it failed on another request and has not answered this one")
+
+    async def _watch(self) -> None:
+        """Give up calls of instances that have left etcd and fallen silent, as long as there are calls."""
+        loop = asyncio.get_running_loop()
+        gone_since: dict[int, float] = {}
+        while self._calls:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                present = set(await self._client.instance_ids())
+            except Exception:  # etcd is away, and nothing is known
+                continue
+            now = loop.time()
+            gone_since = {each: gone_since.get(each, now) for each in self._calls.keys() - present}
+            for instance_id, since in gone_since.items():
+                for call in list(self._calls.get(instance_id, ())):
+                    if now - max(since, call.heard_at or since) > SILENCE_S:
+                        call.give_up(f"it left etcd and has said nothing for {SILENCE_S:.0f} s")
+        self._watching = None

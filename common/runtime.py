@@ -18,8 +18,10 @@ from typing import Any, Concatenate, ParamSpec
 
 from common import dynamo_releases
 from common.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
+from common.dead_peers import detect_dead_peers
 from common.dynamo_releases import Context
 from common.logs import configure_dynamo_logging
+from common.response_address import VARIABLE, is_out_of_reach
 from common.servers import ServersMissing
 
 __all__ = [
@@ -112,6 +114,8 @@ class Endpoint:
     async def client(self) -> "Client":
         client = Client(self._runtime, self)
         await client.refresh()
+        if is_out_of_reach():
+            logger.warning("answers come back on loopback only: to have %s on another machine, set %s", self, VARIABLE)
         return client
 
 
@@ -134,6 +138,7 @@ class Client:
                 generation = self._runtime.generation
                 if self._generation != generation:
                     self._raw = await (await self._endpoint.open(serve=False)).client()
+                    detect_dead_peers()  # answers come in through a socket that is listening by now
                     self._generation = generation
         return self._raw
 

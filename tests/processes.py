@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 DYNAMO = version("ai-dynamo-runtime")
 MODEL = "models/SmolLM2-135M-Instruct"
+LOOPBACK = "127.0.0.1"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
@@ -38,8 +39,8 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> fl
     return time.monotonic() - started
 
 
-def accepts(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+def accepts(port: int, address: str = LOOPBACK) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
         return True
     return False
 
@@ -107,14 +108,26 @@ class Process:
 
 
 class Infra:
-    """nats-server and etcd from their wheels."""
+    """nats-server and etcd from their wheels.
 
-    def __init__(self, folder: Path, *, nats_args: Sequence[str] = (), etcd_args: Sequence[str] = ()) -> None:
+    launcher: what starts them, such as a command that enters a network namespace; address: theirs there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        nats_args: Sequence[str] = (),
+        etcd_args: Sequence[str] = (),
+        launcher: Sequence[str] = (),
+        address: str = LOOPBACK,
+    ) -> None:
         self.folder = folder
+        self.launcher, self.address = launcher, address
         folder.mkdir(parents=True, exist_ok=True)
         self.nats_port, self.etcd_port, self.peer_port = free_port(), free_port(), free_port()
         nats_command = [
-            str(BIN / "nats-server"), "-a", "127.0.0.1", "-p", str(self.nats_port),
+            *launcher, str(BIN / "nats-server"), "-a", address, "-p", str(self.nats_port),
             "-js", "-sd", str(folder / "jetstream"), *nats_args,
         ]  # fmt: skip
         self.nats = Process("nats", nats_command, folder / "nats.log")
@@ -122,9 +135,9 @@ class Infra:
         self.etcd = self._etcd("etcd-data")
 
     def _etcd(self, data: str) -> Process:
-        client, peer = f"http://127.0.0.1:{self.etcd_port}", f"http://127.0.0.1:{self.peer_port}"
+        client, peer = f"http://{self.address}:{self.etcd_port}", f"http://{self.address}:{self.peer_port}"
         command = [
-            str(BIN / "etcd"), "--data-dir", str(self.folder / data), "--log-level", "warn",
+            *self.launcher, str(BIN / "etcd"), "--data-dir", str(self.folder / data), "--log-level", "warn",
             "--listen-client-urls", client, "--advertise-client-urls", client,
             "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
             "--initial-cluster", f"default={peer}", "--unsafe-no-fsync", *self.etcd_args,
@@ -138,7 +151,8 @@ class Infra:
     def start(self) -> "Infra":
         self.nats.start()
         self.etcd.start()
-        wait_until(lambda: accepts(self.nats_port) and accepts(self.etcd_port), 20, "nats and etcd")
+        ports = (self.nats_port, self.etcd_port)
+        wait_until(lambda: all(accepts(port, self.address) for port in ports), 20, "nats and etcd")
         return self
 
     def stop(self) -> None:
@@ -148,12 +162,12 @@ class Infra:
     @property
     def env(self) -> dict[str, str]:
         return {
-            "NATS_SERVER": f"nats://127.0.0.1:{self.nats_port}",
-            "ETCD_ENDPOINTS": f"http://127.0.0.1:{self.etcd_port}",
+            "NATS_SERVER": f"nats://{self.address}:{self.nats_port}",
+            "ETCD_ENDPOINTS": f"http://{self.address}:{self.etcd_port}",
         }
 
     def etcdctl(self, *args: str) -> str:
-        command = [str(BIN / "etcdctl"), "--endpoints", f"127.0.0.1:{self.etcd_port}", *args]
+        command = [str(BIN / "etcdctl"), "--endpoints", f"{self.address}:{self.etcd_port}", *args]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=20, check=True, env={**os.environ, "ETCDCTL_API": "3"}
         )
@@ -166,9 +180,16 @@ class Infra:
 
 
 class Pipeline:
-    """Scripts on one infra. Each started process is stopped at the end, whatever happened."""
+    """Scripts on one infra. Each started process is stopped at the end, whatever happened.
 
-    def __init__(self, infra: Infra, folder: Path, *, env: Mapping[str, str] | None = None) -> None:
+    address: the frontend's. launcher: what starts the scripts that are started next; see `Infra`.
+    """
+
+    def __init__(
+        self, infra: Infra, folder: Path, *, env: Mapping[str, str] | None = None, address: str = LOOPBACK
+    ) -> None:
+        self.address = address
+        self.launcher: Sequence[str] = ()
         self.infra = infra
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,17 +200,17 @@ class Pipeline:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return f"http://{self.address}:{self.http_port}"
 
     def script(self, name: str, *args: str, env: Mapping[str, str] | None = None) -> Process:
         self._num_started += 1
         log_path = self.folder / f"{self._num_started}-{Path(name).stem}.log"
-        process = Process(name, [sys.executable, name, *args], log_path, {**self.env, **(env or {})})
+        process = Process(name, [*self.launcher, sys.executable, name, *args], log_path, {**self.env, **(env or {})})
         self.processes.append(process)
         return process.start()
 
     def frontend(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
-        return self.script("frontend.py", "--port", str(self.http_port), *args, env=env)
+        return self.script("frontend.py", "--host", self.address, "--port", str(self.http_port), *args, env=env)
 
     def processor(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
         return self.script("processor.py", "--model", MODEL, *args, env=env)

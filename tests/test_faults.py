@@ -64,10 +64,13 @@ def chat(pipeline: Pipeline, timeout_s: float = 60, **fields: object) -> httpx.R
     return httpx.post(f"{pipeline.url}/v1/chat/completions", json=CHAT | fields, timeout=timeout_s)
 
 
-def streamed_text(pipeline: Pipeline, on_first: threading.Event | None = None, **fields: object) -> str:
+def streamed_text(
+    pipeline: Pipeline, on_first: threading.Event | None = None, timeout_s: float = 5, **fields: object
+) -> str:
     """The joined deltas; the stream must end as it should."""
     text, last = "", ""
-    with httpx.stream("POST", f"{pipeline.url}/v1/chat/completions", json=CHAT | {"stream": True} | fields) as response:
+    url, body = f"{pipeline.url}/v1/chat/completions", CHAT | {"stream": True} | fields
+    with httpx.stream("POST", url, json=body, timeout=timeout_s) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
             if not line:

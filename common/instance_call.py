@@ -1,0 +1,51 @@
+"""One call of one instance, which somebody else may find to be in vain."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from common.runtime import Context
+
+T = TypeVar("T")
+
+
+class InstanceFailed(Exception):
+    """The instance went away before its stream was complete."""
+
+
+class InstanceCall:
+    """A stream that is being waited for.
+
+    heard_at: when its last dict came, on the event loop's clock; None before the first.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.heard_at: float | None = None
+        self._context = context
+        self._awaited: asyncio.Future[Any] | None = None
+        self._failure: InstanceFailed | None = None
+
+    async def wait_for(self, awaitable: Awaitable[T]) -> T:
+        """What comes of `awaitable`, unless the call is given up meanwhile.
+
+        Raises:
+            InstanceFailed: it was given up.
+        """
+        future = asyncio.ensure_future(awaitable)
+        self._awaited = future
+        if self._failure is not None:  # while nobody was waiting
+            future.cancel()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._failure is None or (task is not None and task.cancelling()):  # it is we who are cancelled
+                raise
+            raise self._failure from None
+
+    def give_up(self, reason: str) -> None:
+        """End the waiting. Dynamo itself would go on: up to 10 s for a connection, for ever when there is one."""
+        self._failure = InstanceFailed(reason)
+        self._context.stop_generating()
+        if self._awaited is not None:
+            self._awaited.cancel()

@@ -1,0 +1,73 @@
+"""An engine that has left etcd: is it finishing its work, or will it never say anything again?"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Infra, Pipeline, Process, running, wait_until
+from tests.test_faults import chat, streamed_text
+
+pytestmark = pytest.mark.process
+
+DRAIN_S = 6
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
+    """Two engines that are given six seconds to finish what they are answering."""
+    infra = Infra(tmp_path / "infra")
+    pipeline = Pipeline(infra, tmp_path / "scripts", env={"DYN_CHAT_DRAIN_TIMEOUT_S": str(DRAIN_S)})
+    with running(infra.start()), running(pipeline):
+        pipeline.frontend()
+        pipeline.processor()
+        for _ in range(2):
+            pipeline.fake_engine("--token-interval-ms", "50")
+        pipeline.wait_ready(engines=2)
+        yield pipeline
+
+
+def busy_and_idle(pipeline: Pipeline) -> list[Process]:
+    """Both engines, the one first that has more to do."""
+    engines = pipeline.processes[2:]
+    wait_until(lambda: sum("running" in engine.log.splitlines()[-1] for engine in engines) >= 1, 20, "requests")
+    return sorted(engines, key=lambda engine: engine.log.count(": running"), reverse=True)
+
+
+def test_an_engine_that_drains_is_left_to_finish_a_silent_answer(scripts: Pipeline) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(chat, scripts, max_tokens=int((DRAIN_S - 1) / 0.05))
+        draining, other = busy_and_idle(scripts)
+        assert draining.terminate() == 0
+        assert answer.result(30).status_code == 200
+    assert "request req-" not in other.log
+
+
+def test_the_calls_of_an_engine_that_hangs_go_on_elsewhere(scripts: Pipeline) -> None:
+    """Its kernel still answers for it, so only its lease in etcd, and then its silence, tell."""
+    fields = {"max_tokens": 100}
+    expected = chat(scripts, **fields).json()["choices"][0]["message"]["content"]
+    chat(scripts, **fields)  # one for each engine
+    has_begun = threading.Event()
+    with ThreadPoolExecutor(4) as threads:
+        streams = [threads.submit(streamed_text, scripts, has_begun, 60, **fields) for _ in range(2)]
+        wholes = [threads.submit(chat, scripts, **fields) for _ in range(2)]
+        assert has_begun.wait(20)
+        hanging = scripts.processes[2]
+        wait_until(lambda: "running 2" in hanging.log.splitlines()[-1], 20, "two requests")
+        os.killpg(hanging.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        try:
+            assert [stream.result(90) for stream in streams] == [expected] * 2
+            assert [whole.result(90).json()["choices"][0]["message"]["content"] for whole in wholes] == [expected] * 2
+            took_s = time.monotonic() - started
+        finally:
+            os.killpg(hanging.pid, signal.SIGCONT)
+    print(f"all complete {took_s:.1f} s after it hung")
+    assert took_s < 10 + DRAIN_S + 5 + 15
+    assert "it left etcd and has said nothing for 11 s" in scripts.processes[1].log
