@@ -17,12 +17,13 @@ from bench.peers import PEERS, Peer, Setting, add_variant
 from bench.plan import Case, Measuring
 from bench.processes import ROOT
 from bench.report import write_report
+from bench.scaling import measure_scaling
 
 MODEL = "models/SmolLM2-135M-Instruct"
 LANES = (
     "cpu: the pipeline alone, on a fake engine; gpu: with SGLang; growth: cost against tokens, prompt, concurrency "
     "and number of requests; client: what the load client itself can do; hops: where the time to a first token goes "
-    "(on a fake engine, or with --gpu on SGLang)"
+    "(on a fake engine, or with --gpu on SGLang); scaling: one, two and four engines, one and two processors"
 )
 PEERS_OF_LANE = {
     "cpu": ("mocker", "chapter", "ours"),
@@ -67,7 +68,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops"], help=LANES)
+    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops", "scaling"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens a request")
@@ -124,6 +125,12 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
             table = measure_hops(setting, executor, num_requests=100, timeout_s=args.start_timeout)
         (args.out / "hops.md").write_text(table)
+        print(table)
+        return
+    if args.lane == "scaling":
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+            table = measure_scaling(setting, executor, num_rounds=args.rounds, timeout_s=args.start_timeout)
+        (args.out / "scaling.md").write_text(table)
         print(table)
         return
     names = [*(args.peers or PEERS_OF_LANE[args.lane]), *map(add_variant, args.variant)]

@@ -3,6 +3,7 @@
 What is kept of SGLang's tokenizer manager, because it decides how many items a consumer sees:
 
 - the model's step gives every running request one token, whoever is slow;
+- with `--max-running-requests`, more than that wait their turn;
 - a streaming request gets an item every `stream_interval` tokens (the first token at once), any other one only at
   its end;
 - items that a consumer has not taken yet become one: the newest with all tokens so far or, with
@@ -15,7 +16,9 @@ in CPU time for each item (default 0).
 import asyncio
 import json
 import os
+import sys
 import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +42,7 @@ class SignalHandler:
     def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """items: those that the consumer has not taken yet. started_at_step: its first token comes with the next step."""
 
@@ -85,13 +88,16 @@ class TokenizerManager:
         self._default_interval = server_args.stream_interval
         self._started_at = time.perf_counter()
         self._due: dict[int, list[Request]] = {}
+        self._waiting: deque[Request] = deque()
+        self._num_running = 0
+        self._max_running = server_args.max_running_requests or sys.maxsize
         self._timer: asyncio.TimerHandle | None = None
 
     async def generate(self, request: Request) -> AsyncGenerator[dict[str, Any], None]:
         request.stream_interval = request.stream_interval or self._default_interval
-        request.started_at_step = self._steps_now()
         self.rid_to_state[request.rid] = request
-        self._schedule(request, request.started_at_step + request.tokens_until_item())
+        self._waiting.append(request)
+        self._run_waiting()
         self._sleep_until_due()
         while True:
             await request.event.wait()
@@ -108,8 +114,20 @@ class TokenizerManager:
         request = self.rid_to_state.get(rid)
         if request is not None and not request.is_aborted:
             request.is_aborted = True
+            if request in self._waiting:
+                self._waiting.remove(request)
+                self._run(request)
             self._schedule(request, self._steps_now() + 1)
             self._sleep_until_due()
+
+    def _run_waiting(self) -> None:
+        while self._waiting and self._num_running < self._max_running:
+            self._run(self._waiting.popleft())
+
+    def _run(self, request: Request) -> None:
+        self._num_running += 1
+        request.started_at_step = self._steps_now()
+        self._schedule(request, request.started_at_step + request.tokens_until_item())
 
     def _steps_now(self) -> int:
         return int((time.perf_counter() - self._started_at) / _STEP_S)
@@ -140,6 +158,8 @@ class TokenizerManager:
         finish_reason = request.finish_reason()
         if finish_reason is not None:
             del self.rid_to_state[request.rid]
+            self._num_running -= 1
+            self._run_waiting()
         else:
             self._schedule(request, step + request.tokens_until_item())
         request.items.append(self._item(request, num_sent, finish_reason))
