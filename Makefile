@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run status test test-quick test-chapter soak bench check lock clean
+.PHONY: help setup model infra run status test test-quick test-chapter test-hosts soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
 PYTHON_CANDIDATES ?= python3.11 python3.12 python3
@@ -28,6 +28,7 @@ help:
 	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'
 	@echo 'make bench       how fast it is without a model, beside two others: ten minutes; BENCH_ARGS="..." for more'
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
+	@echo 'make test-hosts  the tests on several hosts (network namespaces, as root), which are a part of make test'
 	@echo 'make check       ruff and mypy'
 	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
 	@echo 'make clean       removes everything that the targets above made'
@@ -80,6 +81,9 @@ CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py c
 
 test-chapter: model .venv-chapter/installed
 	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not slow' $(CHAPTER_TESTS)
+
+test-hosts: model
+	@$(VENV_PYTHON) -m pytest -m hosts
 
 check: setup
 	@$(VENV_PYTHON) -m ruff check .

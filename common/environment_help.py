@@ -11,5 +11,6 @@ environment:
   OTEL_EXPORT_ENABLED=1
                      to send spans by OTLP to OTEL_EXPORTER_OTLP_TRACES_ENDPOINT (default http://localhost:4317)
   DYN_TCP_RESPONSE_STREAM_HOST
-                     the network interface on which answers come back to this process (default lo, this machine)
+                     the network interface on which answers come back to this process (default lo, this machine;
+                     empty for that of the default route); DYN_TCP_RESPONSE_STREAM_PORT
 """

@@ -162,9 +162,10 @@ def test_an_interface_that_dynamo_cannot_use_is_refused_with_a_way_out(deploymen
     assert way_out == ("ip address add 198.19.255.1/...", "side:chat")
     host.run("ip", "address", "del", "198.19.255.1/24", "dev", "side")
     host.run("ip", "address", "add", "198.19.255.1/24", "dev", "side", "label", "side:chat")
-    taken = deployment.start("processor", "processor.py", "--model", MODEL, **{VARIABLE: "side:chat"})
+    named = {VARIABLE: "side:chat", "DYN_TCP_RESPONSE_STREAM_PORT": "18080"}
+    taken = deployment.start("processor", "processor.py", "--model", MODEL, **named)
     wait_until(lambda: "serving inference/processor/process" in taken.log, 60, "the processor")
-    assert "198.19.255.1:" in host.run("ss", "-tln")
+    assert "198.19.255.1:18080" in host.run("ss", "-tln")
     assert taken.terminate() == 0
     deployment.pipeline.processes = [p for p in deployment.pipeline.processes if p not in (refused, taken)]
 
