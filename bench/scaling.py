@@ -10,13 +10,15 @@ import statistics
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from bench.measures import Measures
 from bench.peers import OursScaled, Setting
 from bench.plan import Case, Measuring
-from bench.processes import Child
+from bench.processes import Child, wait_until
 
+_STOP_S = 20.0
 _SLOW_STEP_MS, _SLOW_ARGS = "20", ("--max-running-requests", "8")
 ROLES = ("frontend", "processor", "engine")
 
@@ -32,52 +34,58 @@ class Size:
         """Enough requests at once that no engine is ever without work."""
         return Case(64, False, 4 if self.is_slow else 20, 32 if self.is_slow else 128)
 
-    def __str__(self) -> str:
-        speed = "slow" if self.is_slow else "instant"
-        return f"{self.num_engines} {speed} engines, {self.num_processors} processors"
 
-
-SIZES = [
-    *(Size(num_engines, num_processors, True) for num_processors in (1, 2) for num_engines in (1, 2, 4)),
-    *(Size(num_engines, num_processors, False) for num_processors in (1, 2) for num_engines in (1, 2, 4)),
-]
+# In the order in which one is made of the other, by starting more or by stopping some.
+STEPS = ((1, 1), (2, 1), (4, 1), (4, 2), (2, 2), (1, 2))
 
 
 class Fleet(OursScaled):
-    """Our scripts in some number. It is ready when all of them are."""
+    """Our scripts in some number, behind one frontend."""
 
     title = "some engines, some processors, one frontend"
-    num_frontends = 1
+    num_processors, num_frontends = 1, 1
 
-    def __init__(self, setting: Setting, size: Size) -> None:
-        self.name = str(size).replace(" ", "-").replace(",", "")  # type: ignore[misc]
-        self.size = size
-        engine_args = [*setting.engine_args, *(_SLOW_ARGS if size.is_slow else ())]
-        super().__init__(replace(setting, engine_args=engine_args))
-        self.num_processors = size.num_processors
+    def __init__(self, setting: Setting, *, is_slow: bool) -> None:
+        self.name = "slow" if is_slow else "instant"  # type: ignore[misc]
+        self.is_slow = is_slow
+        self._num_started = 1
+        super().__init__(replace(setting, engine_args=[*setting.engine_args, *(_SLOW_ARGS if is_slow else ())]))
 
     def env(self) -> dict[str, str]:
-        return super().env() | ({"FAKE_STEP_MS": _SLOW_STEP_MS} if self.size.is_slow else {})
+        return super().env() | ({"FAKE_STEP_MS": _SLOW_STEP_MS} if self.is_slow else {})
 
-    def start_scripts(self) -> None:
-        super().start_scripts()
-        for number in range(1, self.size.num_engines):
-            self.child(f"engine{number}", self.setting.engine_script("engine.py"), **self.env())
+    def of(self, role: str) -> list[Child]:
+        return [child for child in self.children if role_of(child.name) == role]
 
-    def is_ready(self) -> bool:
-        if not super().is_ready():
+    def resize(self, size: Size, timeout_s: float) -> None:
+        """Start what is missing and stop what is too much, the last first; until all of it is known to be there."""
+        commands = {
+            "engine": self.setting.engine_script("engine.py"),
+            "processor": self.setting.script("processor.py", "--model", self.setting.model),
+        }
+        wanted = {"engine": size.num_engines, "processor": size.num_processors}
+        for role, number in wanted.items():
+            while len(self.of(role)) < number:
+                self.child(f"{role}{self._num_started}", commands[role], **self.env())
+                self._num_started += 1
+            for child in self.of(role)[number:]:
+                child.terminate()
+                child.stop(_STOP_S)
+                self.children.remove(child)
+
+        def is_there() -> bool:
+            for child in self.children:
+                child.check()
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=10) as response:
+                there = json.load(response)
+                return all(there[f"{role}s"] == number for role, number in wanted.items())
             return False
-        with urllib.request.urlopen(f"{self.url}/ready", timeout=10) as response:
-            there = json.load(response)
-        return there["engines"] == self.size.num_engines and there["processors"] == self.size.num_processors
+
+        wait_until(is_there, timeout_s, str(size))
 
     def num_answered(self, role: str) -> list[int]:
         """Requests that each process of a role has logged."""
-
-        def count(child: Child) -> int:
-            return child.log_path.read_text(errors="replace").count(" prompt tokens, ")
-
-        return [count(child) for child in self.children if role_of(child.name) == role]
+        return [child.log_path.read_text(errors="replace").count(" prompt tokens, ") for child in self.of(role)]
 
 
 def role_of(name: str) -> str:
@@ -109,22 +117,27 @@ def figures(measured: Measures, before: dict[str, list[int]], after: dict[str, l
 
 
 def measure_scaling(setting: Setting, executor: Executor, *, num_rounds: int, timeout_s: float) -> str:
-    """A table. One size is up at a time, for the memory; the sizes take turns, round after round."""
-    done: dict[Size, list[Figures]] = {size: [] for size in SIZES}
+    """A table. One fleet is up at a time, for the memory; it grows and shrinks."""
+    done: dict[Size, list[Figures]] = {}
     for number in range(num_rounds):
-        for size in SIZES:
-            fleet = Fleet(replace(setting, folder=setting.folder / f"round{number}"), size)
-            fleet.bring_up(timeout_s)
+        for is_slow in (True, False):
+            fleet = Fleet(replace(setting, folder=setting.folder / f"round{number}"), is_slow=is_slow)
             try:
-                measuring = Measuring([fleet], executor, lambda _: None)
-                before = {role: fleet.num_answered(role) for role in ("processor", "engine")}
-                measured = measuring.measure(fleet, size.case)
-                after = {role: fleet.num_answered(role) for role in before}
+                fleet.bring_up(timeout_s)
+                for num_engines, num_processors in STEPS:
+                    size = Size(num_engines, num_processors, is_slow)
+                    fleet.resize(size, timeout_s)
+                    done.setdefault(size, []).append(measure(fleet, size, executor))
+                    print(size, done[size][-1], flush=True)
             finally:
                 fleet.stop()
-            done[size].append(figures(measured, before, after))
-            print(size, done[size][-1], flush=True)
     return markdown(done)
+
+
+def measure(fleet: Fleet, size: Size, executor: Executor) -> Figures:
+    before = {role: fleet.num_answered(role) for role in ("processor", "engine")}
+    measured = Measuring([fleet], executor, lambda _: None).measure(fleet, size.case)
+    return figures(measured, before, {role: fleet.num_answered(role) for role in before})
 
 
 def markdown(done: dict[Size, list[Figures]]) -> str:
@@ -135,7 +148,9 @@ def markdown(done: dict[Size, list[Figures]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     base: dict[bool, float] = {}
-    for size, rounds in done.items():
+    for size, rounds in sorted(
+        done.items(), key=lambda item: (not item[0].is_slow, item[0].num_processors, item[0].num_engines)
+    ):
         speed = median([each.requests_per_s for each in rounds])
         base.setdefault(size.is_slow, speed)
         per_cpu_s = [f"{median([each.requests_per_cpu_s[role] for each in rounds]):,.0f}" for role in ROLES]

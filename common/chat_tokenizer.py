@@ -70,7 +70,7 @@ class ChatTokenizer:
         description = EngineDescription(
             model,
             context_length=getattr(config, "max_position_embeddings", 0) or 2048,
-            vocab_size=config.vocab_size,
+            vocab_size=getattr(config, "vocab_size", len(tokenizer)),
             tokenizer_sha256=tokenizer_sha256(model),
         )
         return cls(tokenizer, model=description, sampling_defaults=_sampling_defaults(model))
