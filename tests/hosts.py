@@ -5,12 +5,14 @@ is not permitted, `why_no_hosts` says so.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 
 INTERFACE = "eth0"  # of each host; so is its loopback, which nobody else reaches
+_PREFIX = "chat"  # of everything that is made here, with the pid of who made it
 # Reserved for tests between networks (RFC 2544): no real host has such an address.
 _NETWORK = f"198.18.{os.getpid() % 250}"
 
@@ -41,6 +43,14 @@ def why_no_hosts() -> str | None:
     return None
 
 
+def _remove_what_killed_tests_left() -> None:
+    namespaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=10, check=False).stdout
+    for namespace, pid in re.findall(rf"^({_PREFIX}(\d+)-\S+)", namespaces, re.MULTILINE):
+        if not os.path.exists(f"/proc/{pid}"):
+            subprocess.run(["ip", "netns", "delete", namespace], check=False, timeout=10)
+            subprocess.run(["ip", "link", "delete", f"{_PREFIX}{pid}b"], check=False, timeout=10, capture_output=True)
+
+
 @dataclass(frozen=True)
 class Host:
     """`launcher` before a command runs it there."""
@@ -60,11 +70,12 @@ class Hosts:
     """A bridge and the hosts on it. Namespaces outlive the tests, so `stop` belongs into a `finally`."""
 
     def __init__(self) -> None:
-        self._prefix = f"chat{os.getpid()}"
+        self._prefix = f"{_PREFIX}{os.getpid()}"
         self._bridge = f"{self._prefix}b"  # an interface's name has 15 characters at most
         self._hosts: list[Host] = []
 
     def start(self) -> "Hosts":
+        _remove_what_killed_tests_left()
         _ip("link", "add", self._bridge, "type", "bridge")
         _ip("address", "add", f"{_NETWORK}.1/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")

@@ -5,12 +5,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
 
 from tests.hosts import INTERFACE, Host, Hosts, why_no_hosts
-from tests.processes import MODEL, Infra, Pipeline, Process, wait_until
+from tests.processes import MODEL, Infra, Pipeline, Process, running, wait_until
 from tests.test_faults import Load, chat, streamed_text
 
 pytestmark = [pytest.mark.hosts, pytest.mark.process]
@@ -38,11 +39,11 @@ class Deployment:
     def busy(self, *, requests: int) -> str:
         """The engine that runs so many."""
 
-        def running(name: str) -> bool:
+        def is_running(name: str) -> bool:
             return f"running {requests}" in self.engines[name].log.splitlines()[-1]
 
-        wait_until(lambda: any(map(running, ENGINES)), 20, "an engine to be busy")
-        return next(filter(running, ENGINES))
+        wait_until(lambda: any(map(is_running, ENGINES)), 20, "an engine to be busy")
+        return next(filter(is_running, ENGINES))
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +52,17 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) ->
     if reason := why_no_hosts():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("hosts")
-    hosts = Hosts()
-    infra = pipeline = None
-    try:
+    with ExitStack() as cleanup:
+        hosts = Hosts()
+        cleanup.callback(hosts.stop)
         hosts.start()
         by_name = {name: hosts.add(name) for name in ("infra", "frontend", "processor", *ENGINES)}
         infra = Infra(folder / "infra", launcher=by_name["infra"].launcher, address=by_name["infra"].address)
+        cleanup.enter_context(running(infra))
         infra.start()
         address = by_name["frontend"].address
         pipeline = Pipeline(infra, folder / "scripts", env={VARIABLE: INTERFACE}, address=address)
+        cleanup.enter_context(running(pipeline))
         deployment = Deployment(hosts, by_name, pipeline, {})
         pipeline.launcher = by_name["frontend"].launcher
         pipeline.frontend()
@@ -70,12 +73,6 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) ->
             deployment.engines[name] = pipeline.fake_engine("--token-interval-ms", "30")
         pipeline.wait_ready(engines=2)
         yield deployment
-    finally:
-        if pipeline is not None:
-            pipeline.stop()
-        if infra is not None:
-            infra.stop()
-        hosts.stop()
 
 
 def test_requests_cross_five_hosts(deployment: Deployment) -> None:
