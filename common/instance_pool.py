@@ -52,9 +52,7 @@ class InstancePool:
         is_announced = False
         while not (instances := await self._candidates(among)):
             if loop.time() >= deadline:
-                is_anybody_there = self._misfit and await self._client.instance_ids()
-                hint = self._misfit if is_anybody_there else "Is it running?"
-                raise Unavailable(f"No instance of {self._client} is available. {hint}")
+                raise Unavailable(f"No instance of {self._client} is available. {await self._why_none(among)}")
             if context.is_stopped():
                 return None
             if not is_announced:
@@ -63,6 +61,11 @@ class InstancePool:
             await asyncio.sleep(_POLL_S)
         self._turn += 1
         return instances[self._turn % len(instances)]
+
+    async def _why_none(self, among: Among | None) -> str:
+        there = set(await self._client.instance_ids())
+        is_misfit = there and among is not None and there.isdisjoint(await among())
+        return self._misfit if is_misfit and self._misfit else "Is it running?"
 
     async def _candidates(self, among: Among | None) -> list[int]:
         now = asyncio.get_running_loop().time()

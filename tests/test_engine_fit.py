@@ -31,6 +31,8 @@ def scripts(impatient: Pipeline) -> Iterator[Pipeline]:
         yield impatient
     finally:
         impatient.stop_all_but(2)
+        for key in impatient.infra.instance_keys("engine/generate"):
+            impatient.infra.etcdctl("del", key)  # of a killed one; its lease would end in 10 s
 
 
 def chat(pipeline: Pipeline, **fields: object) -> httpx.Response:
@@ -72,6 +74,15 @@ def test_with_no_fitting_engine_the_answer_says_so_and_the_next_one_that_fits_is
     )
     start(scripts, engines=2)
     assert [chat(scripts).status_code for _ in range(4)] == [200] * 4
+
+
+def test_an_engine_that_fits_and_died_is_missed_as_such(scripts: Pipeline) -> None:
+    engine = start(scripts)
+    assert chat(scripts).status_code == 200
+    engine.kill()
+    refused = chat(scripts)
+    assert refused.status_code == 503
+    assert refused.json()["error"]["message"].endswith(" is available. Is it running?")
 
 
 def test_an_engine_that_knows_only_the_chapter_is_taken_as_it_is(scripts: Pipeline) -> None:
