@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec
 
 from common import dynamo_releases
@@ -98,14 +98,29 @@ class Endpoint:
         await runtime.is_drained.wait()
 
     def _counting(self, handler: Handler) -> Handler:
-        async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
-            self._runtime.num_in_flight += 1
+        runtime, loop = self._runtime, asyncio.get_running_loop()
+
+        async def close(stream: AsyncGenerator[dict[str, Any], None]) -> None:
             try:
-                async with aclosing(handler(request, context)) as stream:
-                    async for item in stream:
-                        yield item
+                await stream.aclose()
             finally:
-                self._runtime.num_in_flight -= 1
+                runtime.num_in_flight -= 1
+
+        async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+            runtime.num_in_flight += 1
+            stream = handler(request, context)
+            try:
+                async for item in stream:
+                    yield item
+            except GeneratorExit:
+                # Dynamo drops a stream that nobody reads in a thread of its own, where nothing can be awaited.
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(lambda: runtime.run_in_background(close(stream)))
+                raise
+            except BaseException:
+                runtime.num_in_flight -= 1
+                raise
+            runtime.num_in_flight -= 1
 
         return counted
 
