@@ -5,27 +5,22 @@ left to do, if its caller says how (`resume`), or from its beginning, if its cal
 """
 
 import asyncio
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from common import dynamo_releases
 from common.cancellation import child_context
-from common.errors import BadUpstream, PipelineError, RequestTooLarge, Unavailable
+from common.errors import BadUpstream, PipelineError, Unavailable
 from common.instance_pool import Among, InstancePool
 from common.metrics import CallMetrics
+from common.payload_limit import too_large_for_nats
 from common.runtime import Client, Context
-from common.server_access import nats_max_payload
 from common.wire import is_aborted, is_error, is_saying_something, is_terminal
 
 MAX_ATTEMPTS = 8
 MAX_EMPTY_CHUNKS = 10_000
-# Dynamo's own words around a request count for NATS, not for its client: it sends what NATS then refuses.
-_HEADERS_BYTES = 1024
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
 
@@ -63,7 +58,7 @@ class FailoverClient:
         self._metrics = metrics
         self._resume = resume
         self._wait_s = wait_s
-        self._instances = InstancePool(client, wait_s=wait_s)
+        self._instances = InstancePool(client)
 
     async def generate(
         self,
@@ -89,7 +84,7 @@ class FailoverClient:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
         for _ in range(MAX_ATTEMPTS):
-            instance_id = await self._instances.next(context, among)
+            instance_id = await self._instances.next(context, among, deadline)
             if instance_id is None:
                 return
             num_finished = num_empty = 0
@@ -132,25 +127,28 @@ class FailoverClient:
         raise BadUpstream(f"{MAX_ATTEMPTS} calls of {self._client} broke; giving up on this request.")
 
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
+        is_given_up = False
         try:
             with child_context(context) as call:
                 starting = asyncio.ensure_future(self._client.direct(request, instance_id, context=call))
 
                 def give_up() -> None:
+                    nonlocal is_given_up
+                    is_given_up = True
                     call.stop_generating()
                     starting.cancel()  # it would wait 10 s for a sign of life
 
                 with self._instances.unanswered(instance_id, give_up) as answered:
                     async for chunk in await _unless_given_up(starting):
+                        if is_given_up:  # a first chunk that was on its way; the others will not come
+                            break
                         answered()
                         yield chunk
         except Exception as error:
-            if dynamo_releases.is_too_large(error, request):
-                raise await _too_large(request) from error
             if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
-            if dynamo_releases.is_nobody_there(error) and await _is_at_the_limit(request):
-                raise await _too_large(request) from error
+            if too_large := await too_large_for_nats(request, error):
+                raise too_large from error
             self._instances.give_up_on(instance_id)
             raise _InstanceFailed(str(error)) from error
 
@@ -163,19 +161,6 @@ async def _unless_given_up(starting: "asyncio.Future[AsyncIterator[Any]]") -> As
         if task is not None and task.cancelling():  # it is we who are cancelled
             raise
         raise _InstanceFailed("it failed on another request and has not answered this one") from None
-
-
-def _size(request: dict[str, Any]) -> int:
-    return len(msgspec.msgpack.encode(request))
-
-
-async def _is_at_the_limit(request: dict[str, Any]) -> bool:
-    return _size(request) > (await nats_max_payload() or sys.maxsize) - _HEADERS_BYTES
-
-
-async def _too_large(request: dict[str, Any]) -> RequestTooLarge:
-    limit = await nats_max_payload() or "less"
-    return RequestTooLarge(f"The request takes {_size(request)} bytes on NATS, which carries {limit} (max_payload).")
 
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:

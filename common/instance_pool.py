@@ -22,26 +22,23 @@ Among = Callable[[], Awaitable[set[int]]]
 
 
 class InstancePool:
-    """The instances of one endpoint, as this process has found them to be.
+    """The instances of one endpoint, as this process has found them to be."""
 
-    wait_s: how long a call waits for an instance before it is `Unavailable`.
-    """
-
-    def __init__(self, client: Client, *, wait_s: float) -> None:
+    def __init__(self, client: Client) -> None:
         self._client = client
-        self._wait_s = wait_s
         self._resting: dict[int, float] = {}
         self._unanswered: defaultdict[int, set[Callable[[], None]]] = defaultdict(set)
         self._turn = 0
 
-    async def next(self, context: Context, among: Among | None) -> int | None:
+    async def next(self, context: Context, among: Among | None, deadline: float) -> int | None:
         """The instance to call; None when the caller gave up waiting for one.
 
+        deadline: in the loop's time.
+
         Raises:
-            Unavailable: nobody came within `wait_s`.
+            Unavailable: nobody came until then.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
         is_announced = False
         while not (instances := await self._candidates(among)):
             if loop.time() >= deadline:

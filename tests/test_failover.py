@@ -1,0 +1,61 @@
+"""Races of `common.failover` that real processes lose too rarely to be tested with them."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, cast
+
+from common.failover import FailoverClient
+from common.runtime import Client, Context
+
+
+class Chunk:
+    def __init__(self, data: dict[str, Any]) -> None:
+        self._data = data
+
+    def data(self) -> dict[str, Any]:
+        return self._data
+
+
+class DyingInstance:
+    """Instance 1 has taken "slow", and its first word is on the way when a call of "quick" finds nobody there."""
+
+    def __init__(self) -> None:
+        self.is_slow_taken, self.is_dead = asyncio.Event(), asyncio.Event()
+
+    async def instance_ids(self) -> list[int]:
+        return [1, 2] if self.is_dead.is_set() else [1]
+
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+        if instance_id == 2:
+            return self._whole()
+        if request["ask"] == "quick":
+            self.is_dead.set()
+            raise ConnectionError("nobody there")
+        return self._first_word(context)
+
+    async def _first_word(self, context: Context) -> AsyncGenerator[Chunk, None]:
+        self.is_slow_taken.set()
+        while not context.is_stopped():
+            await asyncio.sleep(0.01)
+        yield Chunk({"content": "from 1"})
+
+    async def _whole(self) -> AsyncGenerator[Chunk, None]:
+        yield Chunk({"content": "from 2"})
+        yield Chunk({"finish_reason": "stop"})
+
+
+def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:
+    """Its stream ends after that word, and where a word was delivered nobody else can begin anew."""
+
+    async def run() -> list[list[str]]:
+        dying = DyingInstance()
+        client = FailoverClient(cast("Client", dying))
+
+        async def ask(what: str) -> list[str]:
+            return [c.data().get("content", "end") async for c in client.generate({"ask": what}, Context())]
+
+        slow = asyncio.create_task(ask("slow"))
+        await dying.is_slow_taken.wait()
+        return await asyncio.gather(slow, ask("quick"))
+
+    assert asyncio.run(run()) == [["from 2", "end"]] * 2
