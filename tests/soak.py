@@ -144,11 +144,14 @@ async def load(client: httpx.AsyncClient, right: dict[str, Answer], record: Reco
 
 def is_serving(worker: Process) -> bool:
     """Whether the process has come up since it was last started: before that, SIGTERM finds nobody to drain."""
-    return worker.num_starts == worker.log.count("serving inference/")
+    return "serving inference/" in worker.log_since_start
 
 
 async def one_fault(infra: Infra, workers: list[Process], record: Record) -> None:
     what = random.choice(["kill", "kill", "restart", "restart", "etcd", "nats"])
+    ready = [worker for worker in workers if is_serving(worker)]
+    if not ready and what == "restart":
+        what = "kill"
     if what in ("etcd", "nats"):
         server: Process = getattr(infra, what)
         away_s = random.choice([3, 3, 12])
@@ -157,7 +160,7 @@ async def one_fault(infra: Infra, workers: list[Process], record: Record) -> Non
         await asyncio.sleep(away_s)
         server.start()
         return
-    worker = random.choice([worker for worker in workers if is_serving(worker)] or workers)
+    worker = random.choice(ready or workers)
     record.note_fault(f"{what} {Path(worker.name).stem}", f" ({worker.log_path.stem})")
     if what == "kill":
         await asyncio.to_thread(worker.kill)

@@ -66,7 +66,7 @@ def test_nothing_is_left_of_abandoned_requests(scripts: Pipeline) -> None:
     for _ in range(NUM_ABANDONED):
         with open_request(scripts, max_tokens=8000, stream=True) as client:
             assert client.recv(1000)
-    wait_until(lambda: worker.log.count("closed ") == NUM_ABANDONED, 10, "all handlers to end")
+    wait_until(lambda: worker.log.count("closed ") >= NUM_ABANDONED, 20, "all handlers to end")
     assert worker.log.count("closed on the loop") == NUM_ABANDONED
     for process in (worker, scripts.processes[1]):
         assert process.terminate() == 0
