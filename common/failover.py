@@ -19,7 +19,7 @@ from common.payload_limit import too_large_for_nats
 from common.runtime import Client, Context
 from common.wire import is_aborted, is_error, is_saying_something, is_terminal
 
-MAX_ATTEMPTS = 8
+MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
@@ -31,6 +31,10 @@ Resume = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
 
 class _InstanceFailed(Exception):
     """The instance went away before its stream was complete."""
+
+
+class _NotTaken(_InstanceFailed):
+    """The instance was not there to take the request."""
 
 
 @dataclass
@@ -77,13 +81,14 @@ class FailoverClient:
 
         Raises:
             Unavailable: no instance within `wait_s`. RequestTooLarge: NATS would not carry the request.
-            BadUpstream: MAX_ATTEMPTS instances broke, or one broke midway and the answer cannot go on.
+            BadUpstream: MAX_BROKEN_CALLS instances broke over it, or one broke midway and the answer cannot go on.
         """
         delivered: list[dict[str, Any]] = []
         num_choices = request.get("n") or 1
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
-        for _ in range(MAX_ATTEMPTS):
+        num_broken_calls = 0
+        while num_broken_calls < MAX_BROKEN_CALLS:
             instance_id = await self._instances.next(context, among, deadline)
             if instance_id is None:
                 return
@@ -108,6 +113,7 @@ class FailoverClient:
                 if context.is_stopped():
                     return
                 self._instances.rest(instance_id, failure)
+                num_broken_calls += not isinstance(failure, _NotTaken)
             if delivered:
                 deadline = loop.time() + self._wait_s
             elif loop.time() > deadline:
@@ -124,7 +130,7 @@ class FailoverClient:
             (self._metrics.migrations if delivered else self._metrics.retries).inc()
             delivered = []
             await asyncio.sleep(_RETRY_PAUSE_S)
-        raise BadUpstream(f"{MAX_ATTEMPTS} calls of {self._client} broke; giving up on this request.")
+        raise BadUpstream(f"{MAX_BROKEN_CALLS} calls of {self._client} broke; giving up on this request.")
 
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
         is_given_up = False
@@ -144,13 +150,16 @@ class FailoverClient:
                             break
                         answered()
                         yield chunk
+        except _InstanceFailed:
+            raise
         except Exception as error:
             if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
             if too_large := await too_large_for_nats(request, error):
                 raise too_large from error
             self._instances.give_up_on(instance_id)
-            raise _InstanceFailed(str(error)) from error
+            kind = _NotTaken if dynamo_releases.is_unanswered(error) else _InstanceFailed
+            raise kind(str(error)) from error
 
 
 async def _unless_given_up(starting: "asyncio.Future[AsyncIterator[Any]]") -> AsyncIterator[Any]:
@@ -160,7 +169,7 @@ async def _unless_given_up(starting: "asyncio.Future[AsyncIterator[Any]]") -> As
         task = asyncio.current_task()
         if task is not None and task.cancelling():  # it is we who are cancelled
             raise
-        raise _InstanceFailed("it failed on another request and has not answered this one") from None
+        raise _NotTaken("it failed on another request and has not answered this one") from None
 
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:

@@ -34,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
+MAX_REFUSALS = 3
 
 P = ParamSpec("P")
 Running = Coroutine[Any, Any, None]
@@ -80,6 +81,7 @@ class Endpoint:
         """Answer requests with the dicts that `handler(request, context)` yields, until the process is stopped."""
         runtime = self._runtime
         counted = self._counting(handler)
+        has_served, num_refusals = False, 0
         while not runtime.is_stopping.is_set():
             generation = runtime.generation
             raw_endpoint = await self.open(serve=True)
@@ -87,8 +89,10 @@ class Endpoint:
             logger.info("serving %s", self)
             try:
                 await raw_endpoint.serve_endpoint(counted, graceful_shutdown=True)
-            except Exception as error:  # etcd took no key from us
-                if generation == 1:
+                has_served = True
+            except Exception as error:  # etcd took no key from us: it may have gone away just now
+                num_refusals += 1
+                if not has_served and (num_refusals == MAX_REFUSALS or not dynamo_releases.CAN_REOPEN):
                     raise ServersMissing(f"cannot register {self} in etcd: {error}.") from error
                 logger.warning("could not register %s: %s", self, error)
                 await asyncio.sleep(RECONNECT_PAUSE_S)

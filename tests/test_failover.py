@@ -4,7 +4,10 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, cast
 
-from common.failover import FailoverClient
+import pytest
+
+from common.errors import BadUpstream
+from common.failover import MAX_BROKEN_CALLS, FailoverClient
 from common.runtime import Client, Context
 
 
@@ -42,6 +45,55 @@ class DyingInstance:
     async def _whole(self) -> AsyncGenerator[Chunk, None]:
         yield Chunk({"content": "from 2"})
         yield Chunk({"finish_reason": "stop"})
+
+
+class GoneButListed:
+    """An instance that etcd still lists, as it does while etcd itself is away, until another one comes."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    async def instance_ids(self) -> list[int]:
+        return [1] if self.num_calls < MAX_BROKEN_CALLS + 2 else [2]
+
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+        self.num_calls += 1
+        if instance_id == 1:
+            raise ConnectionError(self.words)
+        return self._whole()
+
+    words = "CannotConnect: NATS request to inference_engine.generate-1 failed"
+
+    async def _whole(self) -> AsyncGenerator[Chunk, None]:
+        yield Chunk({"finish_reason": "stop"})
+
+
+class Breaking(GoneButListed):
+    """One that takes requests, and breaks each time."""
+
+    words = "Disconnected: Stream ended before generation completed"
+
+
+@pytest.fixture
+def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.instance_pool.QUARANTINE_S", 0.01)
+
+
+def answer_of(client: GoneButListed) -> list[dict[str, Any]]:
+    async def run() -> list[dict[str, Any]]:
+        failover = FailoverClient(cast("Client", client))
+        return [chunk.data() async for chunk in failover.generate({}, Context())]
+
+    return asyncio.run(run())
+
+
+def test_calls_that_nobody_took_do_not_use_up_the_attempts(short_rest: None) -> None:
+    assert answer_of(GoneButListed()) == [{"finish_reason": "stop"}]
+
+
+def test_a_request_that_breaks_every_instance_is_given_up(short_rest: None) -> None:
+    with pytest.raises(BadUpstream, match=r"8 calls of .* broke"):
+        answer_of(Breaking())
 
 
 def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.load import CHAT, Load, ask, chat
-from tests.processes import DYNAMO, Infra, Pipeline, Process, running, wait_until
+from tests.processes import DYNAMO, Infra, Pipeline, Process, accepts, running, wait_until
 from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
@@ -260,3 +260,31 @@ def test_a_stream_in_work_outlives_an_outage(own_scripts: Pipeline, server: str)
         streamed = text.result(60)
     wait_until(lambda: chat(scripts).status_code == 200, 60, "a new request")
     assert chat(scripts, max_tokens=400).json()["choices"][0]["message"]["content"] == streamed
+
+
+@pytest.mark.skipif(DYNAMO.startswith("0.5."), reason="this Dynamo cannot connect anew: tests/test_dynamo_releases.py")
+def test_a_worker_that_starts_as_etcd_goes_away_registers_when_it_is_back(own_infra: Infra, tmp_path: Path) -> None:
+    with running(pipeline := Pipeline(own_infra, tmp_path / "scripts")):
+        worker = pipeline.script("tests/late_registration.py")
+        wait_until(lambda: "connected" in worker.log, 30, "the worker")
+        own_infra.etcd.kill()
+        wait_until(lambda: "could not register" in worker.log, 30, "a registration that fails")
+        own_infra.etcd.start()
+        wait_until(lambda: accepts(own_infra.etcd_port), 10, "etcd")
+        took_s = wait_until(lambda: bool(own_infra.instance_keys("engine/generate")), 15, "its key in etcd")
+        assert worker.is_alive
+    print(f"registered {took_s:.1f} s after etcd's return")
+
+
+@pytest.mark.skipif(DYNAMO.startswith("0.5."), reason="this Dynamo connects once, so it says it the first time")
+def test_a_worker_that_etcd_lets_in_but_not_write_ends_with_one_line(own_infra: Infra, tmp_path: Path) -> None:
+    for words in (
+        "user add root:secret", "user grant-role root root", "role add reader", "user add worker:secret",
+        "role grant-permission --prefix=true reader read v1/", "user grant-role worker reader", "auth enable",
+    ):  # fmt: skip
+        own_infra.etcdctl(*words.split())
+    env = {"ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": "secret"}
+    with running(pipeline := Pipeline(own_infra, tmp_path / "scripts", env=env)):
+        worker = pipeline.fake_engine()
+        assert worker.running.wait(30) == 1
+        assert worker.log.splitlines()[-1].startswith("error: cannot register inference/engine/generate in etcd")
