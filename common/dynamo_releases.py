@@ -7,7 +7,7 @@ the runtime             (loop, is_static)        (loop, "etcd", is_static)  (loo
 namespace, component    objects of the runtime   objects of the runtime     "namespace.component.endpoint"
 create_service()        serving needs it         serving needs it           gone
 request plane           NATS                     NATS                       TCP unless told otherwise
-response streams        on a routable address    on a routable address      on the interface named below
+response streams        on a routable address    on a routable address      on the interface we name
 leaving etcd            when all is answered     at once                    at once
   by                    shutdown()               shutdown()                 unregister_endpoint_instance()
   meanwhile             new calls are refused    its own calls fail too     new calls are answered
@@ -23,32 +23,16 @@ Each function below is one row or two. Releases are told apart by what they offe
 
 import asyncio
 import logging
-import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import orjson
 
-# Rust reads these when the first runtime starts, so they are set while the scripts are being imported.
-os.environ["DYN_REQUEST_PLANE"] = "nats"
-os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
-# Response streams come back over TCP from whoever answers. Loopback unless the operator names an interface.
-os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
-os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")  # where DYN_SYSTEM_PORT, if it is set, is opened
-# With all three of these etcd is spoken to in TLS; Dynamo ignores one or two of them.
-ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
-# More threads only wait for each other: all of them need Python's interpreter lock for every item.
-os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "2")
-os.environ.setdefault("DYN_RUNTIME_MAX_BLOCKING_THREADS", "4")
-# At "info" the runtime writes two or three lines a request. One line of ours says more, so those stay quiet.
-_CHATTY = ("pipeline::network::egress", "pipeline::network::ingress", "component::client")
-_INFO = ",".join(["info", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
-# DYN_LOG_LEVEL is the chapter's word for it, which no release reads.
-os.environ["DYN_LOG"] = (os.environ.get("DYN_LOG") or os.environ.get("DYN_LOG_LEVEL") or _INFO).lower()
+from common.dynamo_environment import pem_texts, prepare_environment
+
+prepare_environment()
 
 from dynamo.runtime import Context as Context  # noqa: E402
 from dynamo.runtime import DistributedRuntime  # noqa: E402
@@ -73,18 +57,7 @@ def configure_dynamo_logging() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@contextmanager
-def _pem_texts() -> Iterator[None]:
-    """Dynamo documents these as files and reads them as PEM text: put the text in their place for a moment."""
-    files = {name: path for name in ETCD_TLS if (path := os.environ.get(name)) and os.path.isfile(path)}
-    os.environ.update({name: Path(path).read_text() for name, path in files.items()})
-    try:
-        yield
-    finally:
-        os.environ.update(files)
-
-
-@_pem_texts()
+@pem_texts()
 def open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
     """Connect to etcd and NATS. Blocks the calling thread; call it off the loop.
 

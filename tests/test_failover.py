@@ -5,10 +5,16 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, cast
 
 import pytest
+from prometheus_client import Counter
 
 from common.errors import BadUpstream
 from common.failover import MAX_BROKEN_CALLS, FailoverClient
+from common.metrics import CallMetrics
 from common.runtime import Client, Context
+
+
+def uncounted() -> CallMetrics:
+    return CallMetrics(Counter("retries", "", registry=None), Counter("migrations", "", registry=None))
 
 
 class Chunk:
@@ -81,7 +87,7 @@ def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answer_of(client: GoneButListed) -> list[dict[str, Any]]:
     async def run() -> list[dict[str, Any]]:
-        failover = FailoverClient(cast("Client", client))
+        failover = FailoverClient(cast("Client", client), uncounted())
         return [chunk.data() async for chunk in failover.generate({}, Context())]
 
     return asyncio.run(run())
@@ -101,7 +107,7 @@ def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:
 
     async def run() -> list[list[str]]:
         dying = DyingInstance()
-        client = FailoverClient(cast("Client", dying))
+        client = FailoverClient(cast("Client", dying), uncounted())
 
         async def ask(what: str) -> list[str]:
             return [c.data().get("content", "end") async for c in client.generate({"ask": what}, Context())]
