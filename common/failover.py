@@ -112,7 +112,7 @@ class FailoverClient:
             except _InstanceFailed as failure:
                 if context.is_stopped():
                     return
-                self._instances.rest(instance_id, failure)
+                self._instances.quarantine(instance_id, failure)
                 num_broken_calls += not isinstance(failure, _NotTaken)
             if delivered:
                 deadline = loop.time() + self._wait_s
@@ -144,7 +144,7 @@ class FailoverClient:
                     call.stop_generating()
                     starting.cancel()  # it would wait 10 s for a sign of life
 
-                with self._instances.unanswered(instance_id, give_up) as answered:
+                with self._instances.awaiting_first_chunk(instance_id, give_up) as answered:
                     async for chunk in await _unless_given_up(starting):
                         if is_given_up:  # a first chunk that was on its way; the others will not come
                             break

@@ -26,8 +26,8 @@ class InstancePool:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._resting: dict[int, float] = {}
-        self._unanswered: defaultdict[int, set[Callable[[], None]]] = defaultdict(set)
+        self._quarantined: dict[int, float] = {}
+        self._awaiting_first_chunk: defaultdict[int, set[Callable[[], None]]] = defaultdict(set)
         self._turn = 0
 
     async def next(self, context: Context, among: Among | None, deadline: float) -> int | None:
@@ -55,32 +55,32 @@ class InstancePool:
     async def _candidates(self, among: Among | None) -> list[int]:
         now = asyncio.get_running_loop().time()
         instances = await self._client.instance_ids()
-        if self._resting:
-            self._resting = {instance: until for instance, until in self._resting.items() if until > now}
-            instances = [instance for instance in instances if instance not in self._resting]
+        if self._quarantined:
+            self._quarantined = {instance: until for instance, until in self._quarantined.items() if until > now}
+            instances = [instance for instance in instances if instance not in self._quarantined]
         if among is not None:
             allowed = await among()
             instances = [instance for instance in instances if instance in allowed]
         return instances
 
-    def rest(self, instance_id: int, failure: Exception) -> None:
+    def quarantine(self, instance_id: int, failure: Exception) -> None:
         """Leave an instance alone for a while, after a call of it failed."""
         logger.warning("instance %x of %s failed: %s", instance_id, self._client, failure)
-        self._resting[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
+        self._quarantined[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
 
     @contextmanager
-    def unanswered(self, instance_id: int, give_up: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    def awaiting_first_chunk(self, instance_id: int, give_up: Callable[[], None]) -> Iterator[Callable[[], None]]:
         """A call of an instance that has not answered yet, and how to end it; the function given says that it has."""
-        calls = self._unanswered[instance_id]
+        calls = self._awaiting_first_chunk[instance_id]
         calls.add(give_up)
         try:
             yield lambda: calls.discard(give_up)
         finally:
             calls.discard(give_up)
-            if not calls and self._unanswered.get(instance_id) is calls:
-                del self._unanswered[instance_id]
+            if not calls and self._awaiting_first_chunk.get(instance_id) is calls:
+                del self._awaiting_first_chunk[instance_id]
 
     def give_up_on(self, instance_id: int) -> None:
         """End the calls that it has not answered: it is probably dead, and they may go elsewhere."""
-        for give_up in self._unanswered.pop(instance_id, ()):
+        for give_up in self._awaiting_first_chunk.pop(instance_id, ()):
             give_up()

@@ -244,11 +244,11 @@ def dynamo_worker(
                 _tune_interpreter()
                 await worker(runtime, *args, **kwargs)
 
-            runtime.body = asyncio.ensure_future(connect_and_work())
+            runtime.worker_task = asyncio.ensure_future(connect_and_work())
             for signum in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(signum, runtime.request_stop)
             try:
-                await runtime.body
+                await runtime.worker_task
             except asyncio.CancelledError:
                 if runtime.failure:
                     sys.exit(f"error: {runtime.failure}")
