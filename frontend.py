@@ -21,7 +21,7 @@ from fastapi.sse import EventSourceResponse
 
 from common.chat_responses import Answer, AnswerStream, models_json, sse
 from common.deadline import before
-from common.disconnect import until_disconnected
+from common.disconnect import unless_disconnected
 from common.errors import BadUpstream, DeadlineExceeded, InternalError, ModelNotFound, PipelineError, Unavailable
 from common.failover import FailoverClient
 from common.frontend_args import FrontendArgs, parse_frontend_args
@@ -64,10 +64,10 @@ class RequestHandler:
         put_origin(body, record.origin)
         chat_id = f"chatcmpl-{uuid.uuid4().hex}"
         if not chat.stream:
-            return await until_disconnected(request, self._whole_answer(chat, chat_id, body, record))
+            return await unless_disconnected(request, self._whole_answer(chat, chat_id, body, record))
         response_stream = self._processor_chunks(chat, chat_id, body, record)
         # An error before the first chunk still gets a status of its own.
-        first = await until_disconnected(request, anext(response_stream))
+        first = await unless_disconnected(request, anext(response_stream))
         events = AnswerStream(chat_id, chat.model, is_usage_wanted=chat.is_usage_wanted)
         return EventSourceResponse(self._events(events, first, response_stream, record), headers=_STREAM_HEADERS)
 

@@ -21,7 +21,7 @@ from common.errors import BadUpstream, ModelNotFound, answers_errors
 from common.failover import FailoverClient
 from common.generated_text import GeneratedText
 from common.logprobs import logprob_entries
-from common.merge import merged
+from common.merge import interleaved
 from common.metrics import Metrics
 from common.openai_api import ChatCompletionRequest, parse_chat_request
 from common.processor_args import ProcessorArgs, parse_processor_args
@@ -75,7 +75,7 @@ class RequestHandler:
             record.num_prompt_tokens = len(token_ids)
             choices = self._choices(chat, token_ids, record)
             num_unfinished = len(choices)
-            async with aclosing(merged([choice.chunks(context) for choice in choices])) as chunks:
+            async with aclosing(interleaved([choice.chunks(context) for choice in choices])) as chunks:
                 async for chunk in chunks:
                     num_unfinished -= chunk.finish_reason is not None
                     if not num_unfinished:  # the last chunk of all

@@ -35,7 +35,8 @@ class _Watcher:
         self._watched.pop(key, None)
 
     def _look(self) -> None:
-        stopped = [(key, action) for key, (context, action) in self._watched.items() if context.is_stopped()]
+        # A copy: asking Dynamo lets other threads run, and what they drop may add or remove.
+        stopped = [(key, action) for key, (context, action) in self._watched.copy().items() if context.is_stopped()]
         for key, action in stopped:
             self.remove(key)
             action()

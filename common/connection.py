@@ -45,7 +45,7 @@ class Connection:
         self.is_drained = asyncio.Event()
         self.failure: str | None = None
         self.num_in_flight = 0
-        self.body: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.worker_task: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reconnecting = asyncio.Lock()
         self._served: dict[str, Any] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -100,7 +100,7 @@ class Connection:
         """Replace a runtime that has ended. Several may notice; the first one acts, the others wait for it."""
         if not dynamo_releases.CAN_REOPEN:
             self.failure = "etcd has forgotten this process, and this Dynamo cannot connect anew: start it again"
-            self.body.cancel()
+            self.worker_task.cancel()
             return
         async with self._reconnecting:
             while self.generation == lost_generation and not self.is_stopping.is_set():
@@ -123,7 +123,7 @@ class Connection:
             os._exit(1)
         self.is_stopping.set()
         if self.raw is None:  # still waiting for etcd or NATS: nothing to drain
-            self.body.cancel()
+            self.worker_task.cancel()
             return
         logger.info("stopping: leaving etcd, finishing %d requests", self.num_in_flight)
         self.run_in_background(self._stop())
@@ -149,5 +149,5 @@ class Connection:
             logger.warning("giving up on %d requests after %.0f s", self.num_in_flight, DRAIN_TIMEOUT_S)
         if self._served:
             self.raw.shutdown()
-            await asyncio.wait((self.body,), timeout=_SHUTDOWN_TIMEOUT_S)
-            self.body.cancel()
+            await asyncio.wait((self.worker_task,), timeout=_SHUTDOWN_TIMEOUT_S)
+            self.worker_task.cancel()

@@ -15,7 +15,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def until_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes away. The request's body has been read.
 
     Raises:

@@ -7,7 +7,7 @@ the runtime             (loop, is_static)        (loop, "etcd", is_static)  (loo
 namespace, component    objects of the runtime   objects of the runtime     "namespace.component.endpoint"
 create_service()        serving needs it         serving needs it           gone
 request plane           NATS                     NATS                       TCP unless told otherwise
-response streams        on a routable address    on a routable address      on the interface named below
+response streams        on a routable address    on a routable address      on the interface we name
 leaving etcd            when all is answered     at once                    at once
   by                    shutdown()               shutdown()                 unregister_endpoint_instance()
   meanwhile             new calls are refused    its own calls fail too     new calls are answered
@@ -15,6 +15,7 @@ when etcd forgets us    the runtime ends for     the runtime ends, another  the 
                         good, so must we         one can be opened          one can be opened
 an early stop           is lost                  arrives                    arrives
 a missed response       rules out the instance   is forgiven                is forgiven
+too large a request     is never answered        is never answered          is refused at once
 ======================  =======================  =========================  ==============================
 
 Each function below is one row or two. Releases are told apart by what they offer, not by a version number.
@@ -22,41 +23,16 @@ Each function below is one row or two. Releases are told apart by what they offe
 
 import asyncio
 import logging
-import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import orjson
 
-# Rust reads these when the first runtime starts, so they are set while the scripts are being imported.
-os.environ["DYN_REQUEST_PLANE"] = "nats"
-os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
-# Response streams come back over TCP from whoever answers. Loopback unless the operator names an interface.
-os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
-os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")  # where DYN_SYSTEM_PORT, if it is set, is opened
-# With all three of these etcd is spoken to in TLS; Dynamo ignores one or two of them.
-ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
-# More threads only wait for each other: all of them need Python's interpreter lock for every item.
-os.environ.setdefault("DYN_RUNTIME_NUM_WORKER_THREADS", "2")
-os.environ.setdefault("DYN_RUNTIME_MAX_BLOCKING_THREADS", "4")
-# The runtime writes two or three lines a request at "info". One line of ours says more, so those stay quiet.
-_QUIET_PER_REQUEST = (
-    "dynamo_runtime::pipeline::network::egress=warn",
-    "dynamo_runtime::pipeline::network::ingress=warn",
-    "dynamo_runtime::component::client=warn",
-)
+from common.dynamo_environment import pem_texts, prepare_environment
 
-
-def _log_filter(environ: "os._Environ[str] | dict[str, str]") -> str:
-    """The level from DYN_LOG, else DYN_LOG_LEVEL (which the chapter names and no release reads), else info."""
-    chosen = environ.get("DYN_LOG") or environ.get("DYN_LOG_LEVEL")
-    return chosen.lower() if chosen else ",".join(("info", *_QUIET_PER_REQUEST))
-
-
-os.environ["DYN_LOG"] = _log_filter(os.environ)
+prepare_environment()
 
 from dynamo.runtime import Context as Context  # noqa: E402
 from dynamo.runtime import DistributedRuntime  # noqa: E402
@@ -68,17 +44,10 @@ CAN_REOPEN = _TAKES_A_STORE or not _HAS_COMPONENTS
 """Whether a process can open another runtime after its first one has ended."""
 
 # The runtime's errors arrive as text: 1.x begins with a kind of error, 0.x says it in words.
-_WORKER_RAISED = (
-    "BackendInvalidArgument",
-    "BackendUnknown",
-    "a python exception was caught while processing the async generator",
-)
-_NOBODY_THERE = ("CannotConnect", "no responders", "Unavailable")
+_WORKER_RAISED = ("BackendInvalidArgument", "BackendUnknown", "a python exception was caught while processing")
 _RULED_OUT = "not found for endpoint"
 _TOO_LARGE = "payload is too large"
-# 0.x sends what is too large, has its connection closed by NATS, and waits ten seconds for a response.
-_NO_RESPONSE = "deadline has elapsed"
-_NATS_MAX_PAYLOAD = 1_048_576  # the server's default
+_NO_ANSWER = ("CannotConnect", "no responders", "Unavailable", "deadline has elapsed")
 
 
 def configure_dynamo_logging() -> None:
@@ -88,18 +57,7 @@ def configure_dynamo_logging() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@contextmanager
-def _pem_texts() -> Iterator[None]:
-    """Dynamo documents these as files and reads them as PEM text: put the text in their place for a moment."""
-    files = {name: path for name in ETCD_TLS if (path := os.environ.get(name)) and os.path.isfile(path)}
-    os.environ.update({name: Path(path).read_text() for name, path in files.items()})
-    try:
-        yield
-    finally:
-        os.environ.update(files)
-
-
-@_pem_texts()
+@pem_texts()
 def open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
     """Connect to etcd and NATS. Blocks the calling thread; call it off the loop.
 
@@ -159,12 +117,16 @@ def is_raised_by_worker(error: Exception) -> bool:
     return str(error).startswith(_WORKER_RAISED)
 
 
-def is_nobody_there(error: Exception) -> bool:
-    """Whether no process listens under the instance's name any more."""
-    return any(words in str(error) for words in _NOBODY_THERE)
+def is_too_large(error: Exception) -> bool:
+    """Whether Dynamo itself found the request larger than NATS carries (`max_payload`)."""
+    return _TOO_LARGE in str(error)
 
 
-def is_too_large(error: Exception, request: dict[str, Any]) -> bool:
-    """Whether the request is larger than NATS carries (`max_payload`)."""
-    text = str(error)
-    return _TOO_LARGE in text or (_NO_RESPONSE in text and len(orjson.dumps(request)) > _NATS_MAX_PAYLOAD)
+def is_unanswered(error: Exception) -> bool:
+    """Whether nothing came back: nobody is there, or NATS did not carry a request that Dynamo let pass."""
+    return any(words in str(error) for words in _NO_ANSWER)
+
+
+def size_on_nats(request: dict[str, Any]) -> int:
+    """Bytes of a request, which 0.x writes as JSON, less those that the runtime adds."""
+    return len(orjson.dumps(request) if _HAS_COMPONENTS else msgspec.msgpack.encode(request))

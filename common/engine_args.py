@@ -5,11 +5,8 @@ the model is known to exist.
 """
 
 import argparse
-import atexit
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
@@ -96,9 +93,9 @@ def keep_ports_local(server_args: "ServerArgs") -> None:
     """
     if server_args.nnodes > 1 or server_args.dp_size > 1:
         return
-    folder = tempfile.mkdtemp(prefix="engine-rendezvous-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", f"file://{folder}/store")
+    # A file in memory, which SGLang's processes open through this one and which ends with it: SIGKILL leaves no trace.
+    store = os.memfd_create("rendezvous")
+    os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", f"file:///proc/{os.getpid()}/fd/{store}")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 

@@ -116,7 +116,7 @@ class DeadlineExceeded(PipelineError):
     status, code = 504, "deadline_exceeded"
 
 
-_DEFAULT_CODES: dict[str | None, type[PipelineError]] = {
+_BY_CODE: dict[str | None, type[PipelineError]] = {
     error.code: error
     for error in (
         ContextLengthExceeded, ModelNotFound, RequestTooLarge, Overloaded,
@@ -132,7 +132,7 @@ def from_wire(error: Any) -> PipelineError:
     param = error.get("param") if isinstance(error.get("param"), str) else None
     code = error.get("code") if isinstance(error.get("code"), str) else None
     by_type = InvalidRequest if error.get("type") == InvalidRequest.type else BadUpstream
-    return _DEFAULT_CODES.get(code, by_type)(error["message"], param=param)
+    return _BY_CODE.get(code, by_type)(error["message"], param=param)
 
 
 Handler = Callable[..., AsyncGenerator[dict[str, Any], None]]

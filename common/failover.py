@@ -5,28 +5,23 @@ left to do, if its caller says how (`resume`), or from its beginning, if its cal
 """
 
 import asyncio
-import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from common import dynamo_releases
 from common.cancellation import child_context
-from common.errors import BadUpstream, PipelineError, RequestTooLarge, Unavailable
-from common.instance_call import InstanceCall, InstanceFailed
+from common.errors import BadUpstream, PipelineError, Unavailable
+from common.instance_call import InstanceCall, InstanceFailed, NotTaken
 from common.instance_pool import Among, InstancePool
 from common.metrics import CallMetrics
+from common.payload_limit import too_large_for_nats
 from common.runtime import Client, Context
-from common.server_access import nats_max_payload
 from common.wire import is_aborted, is_error, is_saying_something, is_terminal
 
-MAX_ATTEMPTS = 8
+MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
-# Dynamo's own words around a request count for NATS, not for its client: it sends what NATS then refuses.
-_HEADERS_BYTES = 1024
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
 
@@ -69,7 +64,7 @@ class FailoverClient:
         self._resume = resume
         self._wait_s = wait_s
         self._among = among
-        self._instances = InstancePool(client, wait_s=wait_s, misfit=misfit)
+        self._instances = InstancePool(client, misfit=misfit)
 
     async def generate(
         self,
@@ -88,14 +83,15 @@ class FailoverClient:
 
         Raises:
             Unavailable: no instance within `wait_s`. RequestTooLarge: NATS would not carry the request.
-            BadUpstream: MAX_ATTEMPTS instances broke, or one broke midway and the answer cannot go on.
+            BadUpstream: MAX_BROKEN_CALLS instances broke over it, or one broke midway and the answer cannot go on.
         """
         delivered: list[dict[str, Any]] = []
         num_choices = request.get("n") or 1
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
-        for _ in range(MAX_ATTEMPTS):
-            instance_id = await self._instances.next(context, among or self._among)
+        num_broken_calls = 0
+        while num_broken_calls < MAX_BROKEN_CALLS:
+            instance_id = await self._instances.next(context, among or self._among, deadline)
             if instance_id is None:
                 return
             num_finished = num_empty = 0
@@ -118,7 +114,8 @@ class FailoverClient:
             except InstanceFailed as failure:
                 if context.is_stopped():
                     return
-                self._instances.rest(instance_id, failure)
+                self._instances.quarantine(instance_id, failure)
+                num_broken_calls += not isinstance(failure, NotTaken)
             if delivered:
                 deadline = loop.time() + self._wait_s
             elif loop.time() > deadline:
@@ -135,7 +132,7 @@ class FailoverClient:
             (self._metrics.migrations if delivered else self._metrics.retries).inc()
             delivered = []
             await asyncio.sleep(_RETRY_PAUSE_S)
-        raise BadUpstream(f"{MAX_ATTEMPTS} calls of {self._client} broke; giving up on this request.")
+        raise BadUpstream(f"{MAX_BROKEN_CALLS} calls of {self._client} broke; giving up on this request.")
 
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
         try:
@@ -150,28 +147,16 @@ class FailoverClient:
                             return
                         call.heard_at = asyncio.get_running_loop().time()
                         yield chunk
+        except InstanceFailed:
+            raise
         except Exception as error:
-            if dynamo_releases.is_too_large(error, request):
-                raise await _too_large(request) from error
             if dynamo_releases.is_raised_by_worker(error):
                 raise BadUpstream(f"{self._client} failed on this request.") from error
-            if dynamo_releases.is_nobody_there(error) and await _is_at_the_limit(request):
-                raise await _too_large(request) from error
+            if too_large := await too_large_for_nats(request, error):
+                raise too_large from error
             self._instances.give_up_on(instance_id)
-            raise InstanceFailed(str(error)) from error
-
-
-def _size(request: dict[str, Any]) -> int:
-    return len(msgspec.msgpack.encode(request))
-
-
-async def _is_at_the_limit(request: dict[str, Any]) -> bool:
-    return _size(request) > (await nats_max_payload() or sys.maxsize) - _HEADERS_BYTES
-
-
-async def _too_large(request: dict[str, Any]) -> RequestTooLarge:
-    limit = await nats_max_payload() or "less"
-    return RequestTooLarge(f"The request takes {_size(request)} bytes on NATS, which carries {limit} (max_payload).")
+            kind = NotTaken if dynamo_releases.is_unanswered(error) else InstanceFailed
+            raise kind(str(error)) from error
 
 
 async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:

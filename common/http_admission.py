@@ -5,7 +5,7 @@ import hmac
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import InvalidApiKey, Overloaded, PipelineError
 from common.http_errors import error_response
@@ -39,23 +39,41 @@ class ApiKeys:
 
 
 class ConcurrencyLimit:
-    """Answers 429 to chat requests above the limit. A stream counts until its last byte is sent."""
+    """Answers 429 to chat requests above the limit. A stream counts until its last byte is sent.
+
+    A request counts from the end of its body: clients that send theirs slowly take no place from others.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
         self._limit = limit
-        self._num_in_flight = 0
+        self._num_in_work = 0
+
+    def _refuse_above_limit(self) -> None:
+        if self._num_in_work >= self._limit:
+            raise Overloaded(f"{self._limit} requests are in work, which is the limit. Try again.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != CHAT_PATH:
             await self._app(scope, receive, send)
             return
-        if self._num_in_flight >= self._limit:
-            error: PipelineError = Overloaded(f"{self._limit} requests are in work, which is the limit. Try again.")
+        is_in_work = False
+
+        async def receive_and_count() -> Message:
+            nonlocal is_in_work
+            message = await receive()
+            if not is_in_work and message["type"] == "http.request" and not message.get("more_body", False):
+                self._refuse_above_limit()
+                self._num_in_work += 1
+                is_in_work = True
+            return message
+
+        try:
+            self._refuse_above_limit()  # before the body is read
+        except PipelineError as error:
             await error_response(scope, error)(scope, receive, send)
             return
-        self._num_in_flight += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive_and_count, send)
         finally:
-            self._num_in_flight -= 1
+            self._num_in_work -= is_in_work

@@ -13,6 +13,10 @@ class InstanceFailed(Exception):
     """The instance went away before its stream was complete."""
 
 
+class NotTaken(InstanceFailed):
+    """The instance was not there to take the request."""
+
+
 class InstanceCall:
     """A stream that is being waited for.
 
@@ -36,16 +40,19 @@ class InstanceCall:
         if self._failure is not None:  # while nobody was waiting
             future.cancel()
         try:
-            return await future
+            result = await future
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._failure is None or (task is not None and task.cancelling()):  # it is we who are cancelled
                 raise
             raise self._failure from None
+        if self._failure is not None:  # a first dict that was on its way; the others will not come
+            raise self._failure
+        return result
 
     def give_up(self, reason: str) -> None:
         """End the waiting. Dynamo itself would go on: up to 10 s for a connection, for ever when there is one."""
-        self._failure = InstanceFailed(reason)
+        self._failure = InstanceFailed(reason) if self.heard_at is not None else NotTaken(reason)
         self._context.stop_generating()
         if self._awaited is not None:
             self._awaited.cancel()

@@ -28,27 +28,26 @@ Among = Callable[[], Awaitable[set[int]]]
 class InstancePool:
     """The instances of one endpoint, as this process has found them to be.
 
-    wait_s: how long a call waits for an instance before it is `Unavailable`.
     misfit: what is wrong with those that a call may not use, for its error message.
     """
 
-    def __init__(self, client: Client, *, wait_s: float, misfit: str = "") -> None:
+    def __init__(self, client: Client, *, misfit: str = "") -> None:
         self._client = client
-        self._wait_s = wait_s
         self._misfit = misfit
-        self._resting: dict[int, float] = {}
+        self._quarantined: dict[int, float] = {}
         self._calls: defaultdict[int, set[InstanceCall]] = defaultdict(set)
         self._watching: asyncio.Task[None] | None = None
         self._turn = 0
 
-    async def next(self, context: Context, among: Among | None) -> int | None:
+    async def next(self, context: Context, among: Among | None, deadline: float) -> int | None:
         """The instance to call; None when the caller gave up waiting for one.
 
+        deadline: in the loop's time.
+
         Raises:
-            Unavailable: nobody came within `wait_s`.
+            Unavailable: nobody came until then.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
         is_announced = False
         while not (instances := await self._candidates(among)):
             if loop.time() >= deadline:
@@ -70,18 +69,18 @@ class InstancePool:
     async def _candidates(self, among: Among | None) -> list[int]:
         now = asyncio.get_running_loop().time()
         instances = await self._client.instance_ids()
-        if self._resting:
-            self._resting = {instance: until for instance, until in self._resting.items() if until > now}
-            instances = [instance for instance in instances if instance not in self._resting]
+        if self._quarantined:
+            self._quarantined = {instance: until for instance, until in self._quarantined.items() if until > now}
+            instances = [instance for instance in instances if instance not in self._quarantined]
         if among is not None:
             allowed = await among()
             instances = [instance for instance in instances if instance in allowed]
         return instances
 
-    def rest(self, instance_id: int, failure: Exception) -> None:
+    def quarantine(self, instance_id: int, failure: Exception) -> None:
         """Leave an instance alone for a while, after a call of it failed."""
         logger.warning("instance %x of %s failed: %s", instance_id, self._client, failure)
-        self._resting[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
+        self._quarantined[instance_id] = asyncio.get_running_loop().time() + QUARANTINE_S
 
     @contextmanager
     def calling(self, instance_id: int, call: InstanceCall) -> Iterator[None]:

@@ -9,7 +9,7 @@ T = TypeVar("T")
 _QUEUE_LENGTH = 16
 
 
-async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+async def interleaved(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """The items of all streams as they come. The first stream that fails ends all of them with its error."""
     if len(streams) == 1:  # the usual case needs no tasks
         async with aclosing(streams[0]) as only:

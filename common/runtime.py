@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec
 
 from common import dynamo_releases
@@ -36,6 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.0005
+MAX_REFUSALS = 3
 
 P = ParamSpec("P")
 Running = Coroutine[Any, Any, None]
@@ -82,6 +83,7 @@ class Endpoint:
         """Answer requests with the dicts that `handler(request, context)` yields, until the process is stopped."""
         runtime = self._runtime
         counted = self._counting(handler)
+        has_served, num_refusals = False, 0
         while not runtime.is_stopping.is_set():
             generation = runtime.generation
             raw_endpoint = await self.open(serve=True)
@@ -89,8 +91,10 @@ class Endpoint:
             logger.info("serving %s", self)
             try:
                 await raw_endpoint.serve_endpoint(counted, graceful_shutdown=True)
-            except Exception as error:  # etcd took no key from us
-                if generation == 1:
+                has_served = True
+            except Exception as error:  # etcd took no key from us: it may have gone away just now
+                num_refusals += 1
+                if not has_served and (num_refusals == MAX_REFUSALS or not dynamo_releases.CAN_REOPEN):
                     raise ServersMissing(f"cannot register {self} in etcd: {error}.") from error
                 logger.warning("could not register %s: %s", self, error)
                 await asyncio.sleep(RECONNECT_PAUSE_S)
@@ -100,14 +104,29 @@ class Endpoint:
         await runtime.is_drained.wait()
 
     def _counting(self, handler: Handler) -> Handler:
-        async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
-            self._runtime.num_in_flight += 1
+        runtime, loop = self._runtime, asyncio.get_running_loop()
+
+        async def close(stream: AsyncGenerator[dict[str, Any], None]) -> None:
             try:
-                async with aclosing(handler(request, context)) as stream:
-                    async for item in stream:
-                        yield item
+                await stream.aclose()
             finally:
-                self._runtime.num_in_flight -= 1
+                runtime.num_in_flight -= 1
+
+        async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+            runtime.num_in_flight += 1
+            stream = handler(request, context)
+            try:
+                async for item in stream:
+                    yield item
+            except GeneratorExit:
+                # Dynamo drops a stream that nobody reads in a thread of its own, where nothing can be awaited.
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(lambda: runtime.run_in_background(close(stream)))
+                raise
+            except BaseException:
+                runtime.num_in_flight -= 1
+                raise
+            runtime.num_in_flight -= 1
 
         return counted
 
@@ -230,11 +249,11 @@ def dynamo_worker(
                 _tune_interpreter()
                 await worker(runtime, *args, **kwargs)
 
-            runtime.body = asyncio.ensure_future(connect_and_work())
+            runtime.worker_task = asyncio.ensure_future(connect_and_work())
             for signum in (signal.SIGTERM, signal.SIGINT):
                 asyncio.get_running_loop().add_signal_handler(signum, runtime.request_stop)
             try:
-                await runtime.body
+                await runtime.worker_task
             except asyncio.CancelledError:
                 if runtime.failure:
                     sys.exit(f"error: {runtime.failure}")

@@ -17,7 +17,7 @@ import urllib.request
 from typing import Any
 from urllib.parse import urlsplit
 
-from common.dynamo_releases import ETCD_TLS
+from common.dynamo_environment import ETCD_TLS
 from common.servers import ServersMissing, etcd_urls, nats_urls
 
 _TIMEOUT_S = 5.0

@@ -105,6 +105,7 @@ async def etcd_away(infra: Infra) -> dict[str, Any]:
 async def calls(infra: Infra) -> dict[str, Any]:
     """How do calls fail, and what becomes of a stop that comes before the first item?"""
     from common import dynamo_releases
+    from common.payload_limit import too_large_for_nats
 
     async def handler(request: dict[str, Any], context: Any) -> Items:
         if request["ask"] == "raise":
@@ -129,7 +130,7 @@ async def calls(infra: Infra) -> dict[str, Any]:
         except Exception as error:
             return {
                 "by the worker": dynamo_releases.is_raised_by_worker(error),
-                "too large": dynamo_releases.is_too_large(error, request),
+                "too large": await too_large_for_nats(request, error) is not None,
                 "ruled out": dynamo_releases.is_ruled_out(client, instance_id, error),
             }
         return {}

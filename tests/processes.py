@@ -54,10 +54,10 @@ class Process:
     log_path: Path
     env: Mapping[str, str] = field(default_factory=dict)
     popen: "subprocess.Popen[bytes] | None" = None
-    num_starts: int = 0
+    _num_old_characters: int = 0
 
     def start(self) -> "Process":
-        self.num_starts += 1
+        self._num_old_characters = len(self.log)
         with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
                 self.command,
@@ -86,6 +86,11 @@ class Process:
     @property
     def log(self) -> str:
         return _ANSI.sub("", self.log_path.read_text(errors="replace")) if self.log_path.exists() else ""
+
+    @property
+    def log_since_start(self) -> str:
+        """Without what it said before it was last started."""
+        return self.log[self._num_old_characters :]
 
     def terminate(self, timeout_s: float = 30) -> int:
         """SIGTERM, then the exit code."""

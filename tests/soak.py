@@ -44,12 +44,23 @@ Answer = dict[int, tuple[str, str]]
 
 @dataclass
 class Record:
-    """What the clients saw. outcomes: how often each kind of request ended in which way."""
+    """What the clients saw. outcomes: how often each kind of request ended in which way. journal: faults and failed
+    requests in the order of time, so that each failure can be traced to a fault.
+    """
 
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     longest_s: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
+    journal: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def note(self, what: str) -> None:
+        self.journal.append(f"{time.monotonic() - self.started:6.1f} s  {what}")
+
+    def note_fault(self, what: str, detail: str = "") -> None:
+        self.faults[what] += 1
+        self.note(f"{what}{detail}")
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], *, is_abandoned: bool = False) -> Answer | str:
@@ -127,26 +138,30 @@ async def load(client: httpx.AsyncClient, right: dict[str, Answer], record: Reco
             answer = "answered"
         record.outcomes[kind, answer] += 1
         if answer not in ("answered", "left"):
+            record.note(f"FAILED after {took_s:.1f} s: {kind}: {answer}")
             await asyncio.sleep(0.5)
 
 
 def is_serving(worker: Process) -> bool:
     """Whether the process has come up since it was last started: before that, SIGTERM finds nobody to drain."""
-    return worker.num_starts == worker.log.count("serving inference/")
+    return "serving inference/" in worker.log_since_start
 
 
 async def one_fault(infra: Infra, workers: list[Process], record: Record) -> None:
     what = random.choice(["kill", "kill", "restart", "restart", "etcd", "nats"])
+    ready = [worker for worker in workers if is_serving(worker)]
+    if not ready and what == "restart":
+        what = "kill"
     if what in ("etcd", "nats"):
         server: Process = getattr(infra, what)
         away_s = random.choice([3, 3, 12])
-        record.faults[f"{what} away for {away_s} s"] += 1
+        record.note_fault(f"{what} away for {away_s} s")
         await asyncio.to_thread(server.kill)
         await asyncio.sleep(away_s)
         server.start()
         return
-    worker = random.choice([worker for worker in workers if is_serving(worker)] or workers)
-    record.faults[f"{what} {Path(worker.name).stem}"] += 1
+    worker = random.choice(ready or workers)
+    record.note_fault(f"{what} {Path(worker.name).stem}", f" ({worker.log_path.stem})")
     if what == "kill":
         await asyncio.to_thread(worker.kill)
     elif (code := await asyncio.to_thread(worker.terminate, 90)) != 0:
@@ -209,6 +224,8 @@ def report(record: Record) -> None:
     for (kind, outcome), count in sorted(record.outcomes.items()):
         if outcome not in ("answered", "left"):
             print(f"  {kind}: {outcome}: {count}")
+    if sent > answered + left:
+        print("\n".join(record.journal))
     print(f"longest wait {record.longest_s:.1f} s")
     print("faults: " + ", ".join(f"{what}: {count}" for what, count in sorted(record.faults.items())))
     for problem in record.problems:

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -118,6 +121,38 @@ def test_one_replica_on_one_node_needs_no_port_that_others_can_reach(environment
     keep_ports_local(Replicas())  # type: ignore[arg-type]
     assert environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"].startswith("file:///")
     assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+MEET = """
+import sys, torch
+import torch.distributed as group
+group.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+number = torch.tensor([10 + int(sys.argv[2])])
+group.all_reduce(number)
+print(number.item())
+"""
+
+
+@pytest.mark.process
+def test_processes_meet_in_a_file_that_no_folder_has(
+    environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real file would be left behind by each engine that is killed."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    keep_ports_local(Replicas())  # type: ignore[arg-type]
+    where = environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"]
+    commands = [[sys.executable, "-c", MEET, where, str(rank)] for rank in range(2)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**environment, "TMPDIR": str(tmp_path)})
+        for command in commands
+    ]
+    try:
+        assert [process.communicate(timeout=60)[0] for process in processes] == ["21\n", "21\n"]
+    finally:
+        for process in processes:
+            process.kill()
+    assert os.readlink(where.removeprefix("file://")).startswith("/memfd:")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("replicas", [Replicas(nnodes=2), Replicas(dp_size=2)])

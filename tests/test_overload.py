@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,6 +184,38 @@ def test_many_slow_clients_hold_up_nobody(paced: Pipeline) -> None:
     finally:
         for slow in sockets:
             slow.close()
+
+
+@pytest.mark.skipif(shutil.which("slowhttptest") is None, reason="slowhttptest is not installed")
+@pytest.mark.parametrize(
+    ("attack", "path"),
+    [
+        (["-H"], "/v1/chat/completions"),
+        (["-B", "-f", "application/json"], "/v1/chat/completions"),
+        (["-X", "-k", "3"], "/openapi.json"),
+    ],
+    ids=["slow headers", "slow bodies", "slow reading"],
+)
+def test_slowhttptest_makes_the_frontend_unavailable_to_nobody(paced: Pipeline, attack: list[str], path: str) -> None:
+    shape = ["-c", "300", "-r", "100", "-i", "1", "-l", "10", "-p", "2", "-v", "1"]
+    command = ["slowhttptest", *attack, *shape, "-u", f"{paced.url}{path}"]
+    slowest_s = 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as attacker:
+        try:
+            while attacker.poll() is None:
+                started = time.monotonic()
+                assert httpx.post(f"{paced.url}/v1/chat/completions", json=CHAT, timeout=20).status_code == 200
+                slowest_s = max(slowest_s, time.monotonic() - started)
+            assert attacker.stdout is not None
+            said = attacker.stdout.read()
+        finally:
+            attacker.kill()
+    print(f"others took at most {slowest_s:.2f} s")
+    assert "service available:" in said
+    assert not re.search(r"service available:\W*(\x1b\S*)?NO", said)
+    assert slowest_s < 2  # 20 tokens take 0.2 s
+    frontend = psutil.Process(paced.processes[0].pid)
+    wait_until(lambda: len(frontend.net_connections("tcp")) < 50, 10, "the slow ones to be dropped")
 
 
 def test_two_requests_in_one_packet_are_both_answered(paced: Pipeline) -> None:

@@ -1,0 +1,31 @@
+"""A worker for one test: its handler has to wait for something when nobody reads its stream any more."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import uvloop
+
+from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+
+
+async def generate(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+    number = 0
+    try:
+        while True:
+            yield {"token_ids": [number := number + 1]}
+            await asyncio.sleep(0)
+    finally:
+        await asyncio.sleep(0.1)
+        print("closed", "on the loop" if threading.current_thread() is threading.main_thread() else "elsewhere")
+
+
+@dynamo_worker(static=False)
+async def worker(runtime: DistributedRuntime) -> None:
+    await runtime.namespace("inference").component("engine").endpoint("generate").serve_endpoint(generate)
+
+
+if __name__ == "__main__":
+    configure_dynamo_logging()
+    uvloop.run(worker())

@@ -1,0 +1,77 @@
+"""Requests that nobody waits for any more: who notices, and what is left of them."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from common.cancellation import when_stopped
+from common.runtime import Context
+from tests.processes import Infra, Pipeline, running, wait_until
+from tests.raw_http import open_request
+
+NUM_ABANDONED = 20
+
+
+class LookedAt:
+    """A context that was stopped; `meanwhile` happens while it is asked, as in another thread."""
+
+    def __init__(self, meanwhile: Any) -> None:
+        self._meanwhile = meanwhile
+
+    def is_stopped(self) -> bool:
+        self._meanwhile()
+        return True
+
+
+def test_requests_that_come_and_go_while_others_are_looked_at_stop_nothing() -> None:
+    async def run() -> tuple[list[str], list[str]]:
+        stopped: list[str] = []
+        with ExitStack() as watched:
+
+            def meanwhile() -> None:
+                context = cast("Context", LookedAt(lambda: None))
+                watched.enter_context(when_stopped(context, lambda: stopped.append("new")))
+
+            for name in ("first", "second"):
+                context = cast("Context", LookedAt(meanwhile))
+                watched.enter_context(when_stopped(context, lambda name=name: stopped.append(name)))  # type: ignore[misc]
+            async with asyncio.timeout(30):
+                while len(stopped) < 2:
+                    await asyncio.sleep(0)
+                at_first = stopped.copy()
+                while len(stopped) < 4:
+                    await asyncio.sleep(0)
+        return at_first, stopped
+
+    at_first, stopped = asyncio.run(run())
+    assert at_first == ["first", "second"]
+    assert stopped == ["first", "second", "new", "new"]
+
+
+@pytest.fixture
+def scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
+    pipeline = Pipeline(own_infra, tmp_path / "scripts")
+    with running(pipeline):
+        pipeline.frontend()
+        pipeline.processor()
+        yield pipeline
+
+
+@pytest.mark.process
+def test_nothing_is_left_of_abandoned_requests(scripts: Pipeline) -> None:
+    """A handler may wait for something in its last moments, though Dynamo drops its stream in a thread of its own."""
+    worker = scripts.script("tests/slow_farewell.py")
+    scripts.wait_ready()
+    for _ in range(NUM_ABANDONED):
+        with open_request(scripts, max_tokens=8000, stream=True) as client:
+            assert client.recv(1000)
+    wait_until(lambda: worker.log.count("closed ") >= NUM_ABANDONED, 20, "all handlers to end")
+    assert worker.log.count("closed on the loop") == NUM_ABANDONED
+    for process in (worker, scripts.processes[1]):
+        assert process.terminate() == 0
+        assert "finishing 0 requests" in process.log
+        assert "Exception" not in process.log
