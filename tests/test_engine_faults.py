@@ -4,8 +4,10 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.processes import MODEL, Infra, Pipeline, Process, running, wait_until
@@ -26,7 +28,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> It
     """The real scripts, with an engine whose scheduler logs its batch at each step, and a patient processor."""
     folder = tmp_path_factory.mktemp("watched")
     infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    (folder / "tmp").mkdir()
+    env = {"TMPDIR": str(folder / "tmp")}
+    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts", env=env)):
         pipeline.frontend()
         pipeline.processor("--engine-wait", str(READY_S))
         pipeline.engine("--log-level", "info", "--decode-log-interval", "1")
@@ -68,6 +72,22 @@ def test_an_abandoned_request_leaves_the_batch_within_a_second(watched: Pipeline
         time.sleep(0.5 + 2 * step_s)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["etcd", "nats"])
+def test_a_minute_without_a_server_does_not_cost_the_engine_its_model(watched: Pipeline, server: str) -> None:
+    engine = psutil.Process(watched.processes[2].pid)
+    pids = [child.pid for child in engine.children(recursive=True)]
+    down = getattr(watched.infra, server)
+    down.kill()
+    time.sleep(60)  # the outage itself
+    down.start()
+    url, body = f"{watched.url}/v1/chat/completions", STORY | {"max_tokens": 1}
+    back_s = wait_until(lambda: httpx.post(url, json=body, timeout=120).status_code == 200, 15, "an answer")
+    print(f"answers {back_s:.1f} s after the return of {server}")
+    assert [child.pid for child in engine.children(recursive=True)] == pids
+    assert watched.processes[2].pid == engine.pid
+
+
 def test_a_stream_goes_on_when_the_only_engine_is_killed_and_started_again(watched: Pipeline) -> None:
     engine = watched.processes[2]
     url = f"{watched.url}/v1/chat/completions"
@@ -91,3 +111,6 @@ def test_a_stream_goes_on_when_the_only_engine_is_killed_and_started_again(watch
     assert pause_s
     assert text == expected["message"]["content"]
     assert finish_reason == expected["finish_reason"]
+    left = [path.name for path in Path(watched.env["TMPDIR"]).iterdir() if path.is_dir()]
+    assert not [name for name in left if "rendezvous" in name]
+    print(f"left in TMPDIR: {[path.name for path in Path(watched.env['TMPDIR']).iterdir()]}")
