@@ -160,6 +160,12 @@ class TestPages:
         }
         assert not [name for name in named if not (ROOT / name).exists()]
 
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+    def test_tests_exist(self, page: Path) -> None:
+        sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert not {name for name in named if f"def {name}(" not in sources}
+
     def test_a_requests_life_names_functions_that_exist(self) -> None:
         rows = re.findall(
             r"^\| (\d) \|.*\| `([^`]+)` \| `([^`]+)` \|$", section(README, "A request's life"), re.MULTILINE
