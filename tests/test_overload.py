@@ -72,7 +72,9 @@ def test_too_many_requests_are_refused_fast_and_those_inside_finish(paced: Pipel
     asyncio.run(overload(8))
     grown = frontend.memory_info().rss - warm
     # The client's own figures say how busy this machine is; the log says how long the frontend took.
-    inside_the_frontend_s = [int(ms) / 1000 for ms in re.findall(r"completions 429, overloaded, (\d+) ms", paced.processes[0].log)]
+    inside_the_frontend_s = [
+        int(ms) / 1000 for ms in re.findall(r"completions 429, overloaded, (\d+) ms", paced.processes[0].log)
+    ]
     print(f"{len(answered_s)} answered in {statistics.median(answered_s):.2f} s, {len(refused_s)} refused, "
           f"p50 {statistics.median(refused_s) * 1000:.0f} ms, p99 {p99(refused_s) * 1000:.0f} ms, "
           f"in the frontend p99 {p99(inside_the_frontend_s) * 1000:.0f} ms, "
