@@ -51,6 +51,14 @@ class ModelDirectory:
                 found[name] = min(description.created, found.get(name, description.created))
         return dict(sorted(found.items()))
 
+    async def instances(self) -> dict[int, list[str]]:
+        """All processors, each with the names that it answers to; none where it does not tell."""
+        await self.refresh()
+        return {
+            instance_id: description.models if description else []
+            for instance_id, description in self._descriptions.items()
+        }
+
     async def knows_all(self) -> bool:
         """Whether there is a processor, and each of them has said what it serves."""
         await self.refresh()
