@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run status test test-quick test-chapter test-hosts soak bench check lock clean
+.PHONY: help setup model infra run status test test-quick test-page test-chapter test-hosts soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
 PYTHON_CANDIDATES ?= python3.11 python3.12 python3
@@ -25,6 +25,7 @@ help:
 	@echo
 	@echo 'make test        every test, with the real servers and the real model'
 	@echo 'make test-quick  only the tests that need no model and no servers'
+	@echo 'make test-page   only the tests of the page at /, in the Chromium that is installed here, if one is'
 	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'
 	@echo 'make bench       how fast it is without a model, beside two others: ten minutes; BENCH_ARGS="..." for more'
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
@@ -68,7 +69,10 @@ test: model
 	@$(VENV_PYTHON) -m pytest
 
 test-quick: setup
-	@$(VENV_PYTHON) -m pytest -m 'not process and not pipeline and not slow'
+	@$(VENV_PYTHON) -m pytest -m 'not process and not pipeline and not slow and not browser'
+
+test-page: model
+	@$(VENV_PYTHON) -m pytest tests/test_live_page.py tests/test_live_page_browser.py
 
 # A small environment of its own: no SGLang and no PyTorch. Made anew when its requirements change, in seconds.
 CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py chat_errors.py streaming.py \

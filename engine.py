@@ -17,6 +17,7 @@ from common.cancellation import when_stopped
 from common.engine_args import parse_engine_args
 from common.errors import InvalidRequest, answers_errors
 from common.metrics import Metrics
+from common.request_path import RequestPath, with_path
 from common.request_records import RequestRecords
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.sampling import sglang_sampling_params
@@ -41,6 +42,7 @@ class RequestHandler:
         rid = uuid.uuid4().hex  # SGLang's own id: unique, and never the prefix of another one
         num_output_tokens_so_far = 0
         with self.records.begin(take_origin(request)) as record, when_stopped(context, lambda: self.engine.abort(rid)):
+            record.path = RequestPath.asked_by_caller(request)
             engine_request = read_engine_request(request)
             if engine_request.sampling_options.seed is not None and not self.engine.description.is_seed_supported:
                 raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
@@ -59,7 +61,7 @@ class RequestHandler:
                     break
                 if chunk.finish_reason is not None:
                     record.finish(chunk.finish_reason, queue_time_s=output["meta_info"].get("queue_time"))
-                yield to_wire(chunk)
+                yield with_path(to_wire(chunk), record.path)
 
 
 def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:

@@ -30,11 +30,13 @@ from common.http_body import read_json
 from common.http_errors import install_error_handlers
 from common.http_request_id import HEADER, RequestId
 from common.http_server import serve_http
+from common.live_page import install_live_page
 from common.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.metrics import Metrics
 from common.model_directory import ModelDirectory
 from common.openai_api import ChatCompletionRequest, parse_chat_request
 from common.openapi import install_openapi
+from common.request_path import RequestPath
 from common.request_records import RequestRecord, RequestRecords
 from common.runtime import Client, Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.wire import ProcessorChunk, put_origin, read_processor_chunk
@@ -55,11 +57,13 @@ class RequestHandler:
         self.args = args
 
     async def chat_completions(self, request: Request) -> Response:
+        record: RequestRecord = request.state.record
+        if self.args.is_page_served:
+            record.path = RequestPath.asked_by_client(request.headers)
         body = await read_json(request, max_bytes=self.args.max_body_bytes, timeout_s=self.args.body_timeout_s)
         chat = parse_chat_request(body)
         if await self.models.knows_all() and chat.model not in await self.models.models():
             raise ModelNotFound(f"The model '{chat.model}' does not exist.", param="model")
-        record: RequestRecord = request.state.record
         record.model, record.is_streamed = chat.model, chat.stream
         put_origin(body, record.origin)
         chat_id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -68,13 +72,13 @@ class RequestHandler:
         response_stream = self._processor_chunks(chat, chat_id, body, record)
         # An error before the first chunk still gets a status of its own.
         first = await unless_disconnected(request, anext(response_stream))
-        events = AnswerStream(chat_id, chat.model, is_usage_wanted=chat.is_usage_wanted)
+        events = AnswerStream(chat_id, chat.model, is_usage_wanted=chat.is_usage_wanted, path=record.path)
         return EventSourceResponse(self._events(events, first, response_stream, record), headers=_STREAM_HEADERS)
 
     async def _whole_answer(
         self, chat: ChatCompletionRequest, chat_id: str, body: dict[str, Any], record: RequestRecord
     ) -> Response:
-        answer = Answer(chat_id, chat.model, chat.n)
+        answer = Answer(chat_id, chat.model, chat.n, path=record.path)
         async with aclosing(self._processor_chunks(chat, chat_id, body, record, answer)) as response_stream:
             async for chunk in response_stream:
                 answer.add(chunk)
@@ -115,6 +119,7 @@ class RequestHandler:
             context=Context(chat_id),
             among=lambda: self.models.instances_for(chat.model),
             start_over=answer.start_over if answer else None,
+            path=record.path,
         )
         num_characters = 0
         try:
@@ -141,7 +146,9 @@ def create_app(processor_client: Client, engine_client: Client, args: FrontendAr
     app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
     app.add_api_route("/v1/chat/completions", handler.chat_completions, methods=["POST"])
     install_error_handlers(app)
-    install_openapi(app, is_key_required=bool(args.api_keys))
+    install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
+    if args.is_page_served:
+        install_live_page(app, models, engine_client)
 
     @app.api_route("/v1/models", methods=GET)
     async def list_models() -> JSONResponse:

@@ -25,6 +25,7 @@ from common.merge import interleaved
 from common.metrics import Metrics
 from common.openai_api import ChatCompletionRequest, parse_chat_request
 from common.processor_args import ProcessorArgs, parse_processor_args
+from common.request_path import RequestPath, with_path
 from common.request_records import RequestRecord, RequestRecords
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.sampling import check_logit_bias, engine_request, remaining_request
@@ -65,6 +66,7 @@ class RequestHandler:
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
         with self.records.begin(take_origin(request)) as record:
+            record.path = RequestPath.asked_by_caller(request)
             chat = parse_chat_request(request)
             record.model, record.is_streamed = chat.model, chat.stream
             if chat.model not in self.description.models:
@@ -82,7 +84,7 @@ class RequestHandler:
                         num_tokens = sum(choice.num_tokens for choice in choices)
                         chunk.usage = Usage(len(token_ids), num_tokens, len(token_ids) + num_tokens)
                         record.finish(chunk.finish_reason)
-                    yield to_wire(chunk)
+                    yield with_path(to_wire(chunk), record.path)
 
     def _choices(self, chat: ChatCompletionRequest, token_ids: list[int], record: RequestRecord) -> "list[Choice]":
         max_tokens = self.tokenizer.answer_budget(len(token_ids), chat.num_tokens_asked)
@@ -137,7 +139,8 @@ class Choice:
 
     async def _engine_chunks(self, context: Context) -> AsyncGenerator[EngineChunk, None]:
         budget = self.request.stop_conditions.max_tokens or sys.maxsize
-        async with aclosing(self.engine.generate(to_wire(self.request), context=context)) as engine_response:
+        response = self.engine.generate(to_wire(self.request), context=context, path=self.record.path)
+        async with aclosing(response) as engine_response:
             async for chunk in engine_response:
                 data = read_engine_chunk(chunk.data())
                 budget -= len(data.token_ids)

@@ -10,6 +10,7 @@ import orjson
 from fastapi.sse import format_sse_event
 
 from common.errors import PipelineError
+from common.request_path import RequestPath
 from common.wire import LogprobEntry, ProcessorChunk, Usage
 
 DONE = format_sse_event(data_str="[DONE]")
@@ -22,6 +23,11 @@ def sse(event: dict[str, Any]) -> bytes:
 
 def _logprobs(entries: list[LogprobEntry] | None) -> dict[str, Any] | None:
     return None if entries is None else {"content": entries, "refusal": None}
+
+
+def _path(path: RequestPath | None) -> dict[str, Any]:
+    """The field that says which way the answer went, for those who asked. It is not OpenAI's."""
+    return {} if path is None else {"path": path.to_json()}
 
 
 def _usage(usage: Usage | None) -> dict[str, Any] | None:
@@ -37,6 +43,7 @@ class Answer:
     num_choices: int
     created: int = field(default_factory=lambda: int(time.time()))
     usage: Usage | None = None
+    path: RequestPath | None = None
 
     def __post_init__(self) -> None:
         self.start_over()
@@ -70,17 +77,22 @@ class Answer:
                     for choice in self._choices
                 ],
                 "usage": _usage(self.usage),
+                **_path(self.path),
             }
         )
 
 
 class AnswerStream:
-    """Turns the chunks of one request into events. With usage, every event has that field, and one more carries it."""
+    """Turns the chunks of one request into events. With usage, every event has that field, and one more carries it.
 
-    def __init__(self, id: str, model: str, *, is_usage_wanted: bool) -> None:
+    That one carries the path, too, where one is asked for.
+    """
+
+    def __init__(self, id: str, model: str, *, is_usage_wanted: bool, path: RequestPath | None = None) -> None:
         self._head = {"id": id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
         self._usage_field: dict[str, Any] = {"usage": None} if is_usage_wanted else {}
         self._usage: Usage | None = None
+        self._path = path
         self._started: set[int] = set()
 
     def _event(self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: Any = None) -> bytes:
@@ -90,6 +102,8 @@ class AnswerStream:
     def events(self, chunk: ProcessorChunk) -> bytes:
         """The events for a chunk: the role first, an empty delta with the finish_reason last."""
         self._usage = chunk.usage or self._usage
+        if self._path is not None:
+            self._path.answering()
         events = b""
         if chunk.index not in self._started:
             self._started.add(chunk.index)
@@ -101,9 +115,10 @@ class AnswerStream:
         return events
 
     def end(self) -> bytes:
-        if not self._usage_field:
+        if not self._usage_field and self._path is None:
             return DONE
-        return sse(self._head | {"choices": [], "usage": _usage(self._usage)}) + DONE
+        usage = {"usage": _usage(self._usage)} if self._usage_field else {}
+        return sse(self._head | {"choices": []} | usage | _path(self._path)) + DONE
 
 
 def models_json(models: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:

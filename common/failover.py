@@ -17,8 +17,9 @@ from common.instance_call import InstanceCall, InstanceFailed, NotTaken
 from common.instance_pool import Among, InstancePool
 from common.metrics import CallMetrics
 from common.payload_limit import too_large_for_nats
+from common.request_path import RequestPath
 from common.runtime import Client, Context
-from common.wire import is_aborted, is_error, is_saying_something, is_terminal
+from common.wire import SHOW_PATH, is_aborted, is_error, is_saying_something, is_terminal
 
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
@@ -73,6 +74,7 @@ class FailoverClient:
         *,
         among: Among | None = None,
         start_over: Callable[[], None] | None = None,
+        path: RequestPath | None = None,
     ) -> AsyncGenerator[Any, None]:
         """The chunks of one answer, complete, from as many instances as it takes; none after `context` is stopped.
 
@@ -80,11 +82,14 @@ class FailoverClient:
 
         among: which instances may answer (default: those of the client), asked again at each attempt.
         start_over: called where the caller can forget what was delivered and take the answer from its beginning.
+        path: where the calls are noted, if anybody asked for that; the instances are asked for theirs, too.
 
         Raises:
             Unavailable: no instance within `wait_s`. RequestTooLarge: NATS would not carry the request.
             BadUpstream: MAX_BROKEN_CALLS instances broke over it, or one broke midway and the answer cannot go on.
         """
+        if path is not None:
+            request = {**request, SHOW_PATH: True}
         delivered: list[dict[str, Any]] = []
         num_choices = request.get("n") or 1
         loop = asyncio.get_running_loop()
@@ -94,6 +99,7 @@ class FailoverClient:
             instance_id = await self._instances.next(context, among or self._among, deadline)
             if instance_id is None:
                 return
+            notes = path.calling(instance_id) if path is not None else None
             num_finished = num_empty = 0
             try:
                 async with aclosing(self._call(request, instance_id, context)) as stream:
@@ -105,6 +111,8 @@ class FailoverClient:
                         if num_empty > MAX_EMPTY_CHUNKS:
                             raise BadUpstream(f"An instance of {self._client} says nothing, again and again.")
                         delivered.append(data)
+                        if notes is not None:
+                            notes.received(data)
                         yield chunk
                         num_finished += is_terminal(data)
                         if num_finished == num_choices or is_error(data):
@@ -116,6 +124,8 @@ class FailoverClient:
                     return
                 self._instances.quarantine(instance_id, failure)
                 num_broken_calls += not isinstance(failure, NotTaken)
+                if notes is not None:
+                    notes.broke()
             if delivered:
                 deadline = loop.time() + self._wait_s
             elif loop.time() > deadline:

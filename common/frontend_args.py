@@ -24,6 +24,7 @@ class FrontendArgs:
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0
     processor_wait_s: float = 30.0
+    is_page_served: bool = True
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
@@ -65,6 +66,7 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         metavar="ORIGIN",
         help="allow browsers on pages of this origin, such as https://example.com; may be repeated (default: none)",
     )
+    parser.add_argument("--no-page", action="store_true", help="serve no page at /, and tell nobody of requests' paths")
     number("--max-body-bytes", int, default.max_body_bytes, "largest request body; NATS' max_payload is 1 MB by itself")
     number("--max-concurrency", int, default.max_concurrency, "requests in work at once; more get 429")
     number("--request-timeout", float, default.request_timeout_s, "seconds that one answer may take; then 504")
@@ -87,4 +89,5 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         body_timeout_s=args.body_timeout,
         send_timeout_s=args.send_timeout,
         processor_wait_s=args.processor_wait,
+        is_page_served=not args.no_page,
     )

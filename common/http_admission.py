@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.errors import InvalidApiKey, Overloaded, PipelineError
 from common.http_errors import error_response
 
-PROTECTED_PREFIX = "/v1/"
+PROTECTED_PREFIXES = ("/v1/", "/pipeline")
 CHAT_PATH = "/v1/chat/completions"
 
 
@@ -19,14 +19,14 @@ def _digest(key: str) -> bytes:
 
 
 class ApiKeys:
-    """Answers 401 to requests under /v1 without one of the keys. Keys are kept and compared as digests."""
+    """Answers 401 to requests for what is protected without one of the keys, which are kept and compared as digests."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._digests and scope["path"].startswith(PROTECTED_PREFIX):
+        if scope["type"] == "http" and self._digests and scope["path"].startswith(PROTECTED_PREFIXES):
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             given = _digest(key.strip())
             # Compare with all of them: the time taken must not tell which one came close.

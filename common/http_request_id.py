@@ -20,7 +20,7 @@ logger = logging.getLogger("frontend")
 
 HEADER = "x-request-id"
 _SANE = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-_QUIET_PATHS = ("/health", "/ready", "/metrics")
+_QUIET_PATHS = ("/health", "/ready", "/metrics", "/pipeline")
 
 
 class RequestId:

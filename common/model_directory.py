@@ -21,6 +21,13 @@ class ModelDirectory:
                 found[name] = min(description.created, found.get(name, description.created))
         return dict(sorted(found.items()))
 
+    async def instances(self) -> dict[int, list[str]]:
+        """The processors, each with the names that it answers to; none where it does not tell."""
+        return {
+            instance_id: description.models if description else []
+            for instance_id, description in (await self._processors.current()).items()
+        }
+
     async def knows_all(self) -> bool:
         """Whether there is a processor, and each of them has said what it serves."""
         return await self._processors.are_complete()

@@ -42,6 +42,12 @@ _REQUEST_ID: Schema = {
     "description": "Up to 128 letters, digits and ._:/+=@- ; anything else is replaced.",
     "schema": STRING,
 }
+_SHOW_PATH: Schema = {
+    "name": "x-show-path",
+    "in": "header",
+    "description": "1: tell in `path` which way the request went, in the answer or in the last chunk of a stream.",
+    "schema": STRING,
+}
 _MODEL: Schema = {
     "name": "model",
     "in": "path",
@@ -60,7 +66,7 @@ def _answer(description: str, schema: str) -> dict[str, Schema]:
     return {"200": response(description, {"application/json": ref(schema)})}
 
 
-def _chat_completions() -> Schema:
+def _chat_completions(*parameters: Schema) -> Schema:
     request = {"required": True, "content": {"application/json": {"schema": ref("ChatCompletionRequest")}}}
     content = {"application/json": ref("ChatCompletion"), "text/event-stream": SSE_EVENT}
     errors = error_responses(
@@ -68,7 +74,7 @@ def _chat_completions() -> Schema:
         BadUpstream, Unavailable, DeadlineExceeded,
     )  # fmt: skip
     return _operation(
-        "Answer a chat", {"200": response(_STREAM, content), **errors},
+        "Answer a chat", {"200": response(_STREAM, content), **errors}, *parameters,
         operationId="createChatCompletion", requestBody=request,
     )  # fmt: skip
 
@@ -78,9 +84,13 @@ def _protected(operation: Schema) -> Schema:
     return {**operation, "responses": responses, "security": [{"apiKey": []}]}
 
 
-def openapi_document(*, is_key_required: bool) -> dict[str, Any]:
-    """The document. is_key_required: whether the routes under /v1 want one of the frontend's API keys."""
-    under_v1 = _protected if is_key_required else dict
+def openapi_document(*, is_key_required: bool, is_page_served: bool = True) -> dict[str, Any]:
+    """The document.
+
+    is_key_required: whether the routes under /v1, and what the page shows, want one of the frontend's API keys.
+    is_page_served: whether there is that page, and a way to ask for a request's path.
+    """
+    protected = _protected if is_key_required else dict
     request = ChatCompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     components: dict[str, Any] = {
         "schemas": {**SCHEMAS, **request.pop("$defs"), "ChatCompletionRequest": request},
@@ -105,22 +115,26 @@ def openapi_document(*, is_key_required: bool) -> dict[str, Any]:
         {"200": response("Prometheus' text format.", {"text/plain": STRING})},
         operationId="metrics",
     )
+    pipeline = _operation("Who is there?", _answer("As etcd says.", "Pipeline"), operationId="pipeline")
+    for_page = {"/pipeline": {"get": protected(pipeline)}} if is_page_served else {}
+    chat = _chat_completions(*[_SHOW_PATH] * is_page_served)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Chat completions on Dynamo", "version": "1.0", "description": _DESCRIPTION},
         "paths": {
-            "/v1/chat/completions": {"post": under_v1(_chat_completions())},
-            "/v1/models": {"get": under_v1(models)},
-            "/v1/models/{model}": {"get": under_v1(model)},
+            "/v1/chat/completions": {"post": protected(chat)},
+            "/v1/models": {"get": protected(models)},
+            "/v1/models/{model}": {"get": protected(model)},
             "/health": {"get": health},
             "/ready": {"get": ready},
             "/metrics": {"get": metrics},
+            **for_page,
         },
         "components": components,
     }
 
 
-def install_openapi(app: FastAPI, *, is_key_required: bool) -> None:
+def install_openapi(app: FastAPI, *, is_key_required: bool, is_page_served: bool) -> None:
     """Have /openapi.json and /docs show our document."""
-    document = openapi_document(is_key_required=is_key_required)
+    document = openapi_document(is_key_required=is_key_required, is_page_served=is_page_served)
     app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's own way to replace it

@@ -23,6 +23,8 @@ STRING: Schema = {"type": "string"}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 UNIX_TIME: Schema = {"type": "integer", "description": "Unix time in seconds."}
 NULL: Schema = {"type": "null"}
+INSTANCE: Schema = {"type": "string", "pattern": "^[0-9a-f]{1,16}$", "description": "The id that ends a key in etcd."}
+MOMENT: Schema = COUNT | {"description": "Microseconds since this process received the request."}
 
 
 def ref(name: str) -> Schema:
@@ -67,6 +69,7 @@ SCHEMAS: dict[str, Schema] = {
     "Usage": fields(prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT),
     "Logprobs": fields(content=array_of(fields(**_TOKEN, top_logprobs=array_of(fields(**_TOKEN)))), refusal=NULL),
     "ChatCompletion": fields(
+        "path",
         **_HEAD,
         object=constant("chat.completion"),
         choices=array_of(
@@ -78,9 +81,11 @@ SCHEMAS: dict[str, Schema] = {
             )
         ),
         usage=ref("Usage"),
+        path=ref("Path"),
     ),
     "ChatCompletionChunk": fields(
         "usage",
+        "path",
         **_HEAD,
         object=constant("chat.completion.chunk"),
         choices=array_of(
@@ -92,6 +97,26 @@ SCHEMAS: dict[str, Schema] = {
             )
         ),
         usage=nullable(ref("Usage")),
+        path=ref("Path"),
+    ),
+    "Path": fields("calls", pid=COUNT, first_us=MOMENT, last_us=MOMENT, calls=array_of(ref("Call"))),
+    "Call": fields(
+        "first_us",
+        "last_us",
+        "is_broken",
+        "stage",
+        instance=INSTANCE,
+        called_us=MOMENT,
+        first_us=MOMENT,
+        last_us=MOMENT,
+        is_broken={"type": "boolean", "description": "It ended midway; the next call took over."},
+        stage=ref("Stage"),
+    ),
+    "Stage": fields("first_us", "last_us", "calls", first_us=MOMENT, last_us=MOMENT, calls=array_of(ref("Call"))),
+    "Pipeline": fields(
+        frontend=fields(pid=COUNT),
+        processors=array_of(fields(instance=INSTANCE, models=array_of(STRING))),
+        engines=array_of(fields(instance=INSTANCE)),
     ),
     "Model": fields(id=STRING, object=constant("model"), created=UNIX_TIME, owned_by=STRING),
     "Models": fields(object=constant("list"), data=array_of(ref("Model"))),

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.errors import InternalError, PipelineError
 from common.metrics import Metrics
+from common.request_path import RequestPath
 from common.tracing import RequestSpan, tracer_for
 from common.wire import Origin, ProcessorChunk
 
@@ -22,6 +23,7 @@ class RequestRecord:
 
     model: the name asked for. num_prompt_tokens, num_completion_tokens: so far. is_streamed: whether the times of
     single tokens say something. time_to_first_token_s: from arrival, None where there was none, or no stream.
+    path: which way the request went, where somebody asks for that.
     outcome: "ok", "cancelled" or an error's code; an exception that ends the block says it, too.
     """
 
@@ -32,6 +34,7 @@ class RequestRecord:
         self.num_prompt_tokens = self.num_completion_tokens = 0
         self.is_streamed = False
         self.time_to_first_token_s: float | None = None
+        self.path: RequestPath | None = None
         self.outcome = CANCELLED  # until something else is known
         self._started_s = time.monotonic()
         self._last_s: dict[int, float] = {}

@@ -8,7 +8,8 @@
 
 These are the chapter's dicts. Everything beyond them has a default, so that a worker which only knows the chapter
 still fits on every hop. `{"describe": true}` asks a worker what it serves; one that does not know the question
-answers with an error and is taken as it is.
+answers with an error and is taken as it is. `"show_path": true` in a request asks a worker to tell in its last dict
+how the request went; one that does not know that leaves it out.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
@@ -20,7 +21,12 @@ from common.errors import Aborted, BadUpstream, InvalidRequest, from_wire
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length"]
+InstanceId = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
+# Since a process received the request, in microseconds.
+Moment = Annotated[int, Meta(ge=0, lt=2**53)]
 DESCRIBE: dict[str, Any] = {"describe": True}
+SHOW_PATH, PATH = "show_path", "path"
+MAX_CALLS = 1024  # of one worker for one request, all choices and attempts counted
 
 
 class SamplingOptions(msgspec.Struct, omit_defaults=True):
@@ -131,6 +137,32 @@ class ProcessorDescription(msgspec.Struct, omit_defaults=True):
     created: int
 
 
+class Call(msgspec.Struct, omit_defaults=True):
+    """A call of one instance, as its caller saw it. `instance`: its id as etcd's key has it, in hexadecimal.
+
+    first_us, last_us: when its first and its last dict came. is_broken: it ended midway, and another one was called.
+    stage: what it tells of itself.
+    """
+
+    instance: InstanceId
+    called_us: Moment
+    first_us: Moment | None = None
+    last_us: Moment | None = None
+    is_broken: bool = False
+    stage: "Stage | None" = None
+
+
+class Stage(msgspec.Struct, omit_defaults=True):
+    """One process' share of a request: when its first and its last dict left, and whom it called.
+
+    A worker that was asked for it puts this into its terminal dicts, as "path"; the last one counts.
+    """
+
+    first_us: Moment | None = None
+    last_us: Moment | None = None
+    calls: Annotated[list[Call], Meta(max_length=MAX_CALLS)] = []
+
+
 def to_wire(message: msgspec.Struct) -> dict[str, Any]:
     """The dict for a message, without what is at its default."""
     wire: dict[str, Any] = msgspec.to_builtins(message)
@@ -193,6 +225,18 @@ def read_processor_chunk(data: Any) -> ProcessorChunk:
     PipelineError: the processor sent an error, or a dict that is none of ours (BadUpstream).
     """
     return _read(data, ProcessorChunk, "processor")
+
+
+def read_stage(data: Any) -> Stage | None:
+    """What a worker's terminal dict tells of its work, if it does.
+
+    Raises:
+        BadUpstream: it is not a stage.
+    """
+    try:
+        return msgspec.convert(data.get(PATH) if isinstance(data, dict) else None, Stage | None)
+    except msgspec.ValidationError as error:
+        raise BadUpstream(f"A worker told something of its path that is not part of the protocol ({error}).") from error
 
 
 def is_saying_something(data: Any) -> bool:

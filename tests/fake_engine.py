@@ -13,6 +13,7 @@ from typing import Any
 
 import uvloop
 
+from common.request_path import RequestPath, with_path
 from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.wire import EngineDescription, EngineRequest, read_engine_request, to_wire
 
@@ -74,12 +75,13 @@ class FakeEngine:
                 raise KeyError("token_ids")
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
+        path = None if self.args.plain else RequestPath.asked_by_caller(request)
         self.num_running += 1
         request_id = request.get("request_id", "")
         logger.info("request %s: running %d", request_id, self.num_running)
         try:
             async for item in self.answer(request, context):
-                yield item
+                yield with_path(item, path)
         finally:
             self.num_running -= 1
             logger.info("request %s: running %d, stopped %s", request_id, self.num_running, context.is_stopped())

@@ -95,11 +95,19 @@ def test_every_route_is_in_the_document() -> None:
     assert routes == set(openapi_document(is_key_required=False)["paths"])
 
 
+def test_without_the_page_the_document_knows_nothing_of_it() -> None:
+    document = str(openapi_document(is_key_required=False, is_page_served=False)["paths"])
+    assert "/pipeline" not in document
+    assert "x-show-path" not in document
+
+
 def test_the_key_is_documented_where_one_is_required() -> None:
     operations = openapi_document(is_key_required=True)["paths"]
     for path, methods in operations.items():
         for operation in methods.values():
-            assert ("401" in operation["responses"]) == ("security" in operation) == path.startswith("/v1/")
+            assert (
+                ("401" in operation["responses"]) == ("security" in operation) == path.startswith(("/v1/", "/pipeline"))
+            )
     assert "security" not in str(openapi_document(is_key_required=False))
 
 
