@@ -31,18 +31,13 @@ def start(infra: Infra, folder: Path, env: Mapping[str, str]) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def infra_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Infra]:
+def scripts(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     infra = Infra(tmp_path_factory.mktemp("tracing-infra"))
     with running(infra):
-        yield infra.start()
-
-
-@pytest.fixture(scope="module")
-def scripts(infra_here: Infra, tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
-    pipeline = start(infra_here, tmp_path_factory.mktemp("tracing"), {})
-    with running(pipeline):
-        pipeline.wait_ready()
-        yield pipeline
+        pipeline = start(infra.start(), tmp_path_factory.mktemp("tracing"), {})
+        with running(pipeline):
+            pipeline.wait_ready()
+            yield pipeline
 
 
 def ask(pipeline: Pipeline, request_id: str, traceparent: str | None = TRACEPARENT, **fields: object) -> httpx.Response:
@@ -112,9 +107,9 @@ def test_without_a_sane_one_a_trace_begins(scripts: Pipeline, traceparent: str |
     assert int(trace_id, 16)
 
 
-def test_every_line_is_json_from_start_to_stop(infra_here: Infra, tmp_path: Path, embedded_model: str) -> None:
-    """With answers, refusals, an abandoned stream, a bug's traceback and what uvicorn has to say."""
-    pipeline = start(infra_here, tmp_path / "scripts", {"DYN_LOG": "debug"})
+def test_every_line_is_json_from_start_to_stop(own_infra: Infra, tmp_path: Path, embedded_model: str) -> None:
+    """With answers, refusals, an abandoned stream, and what uvicorn has to say."""
+    pipeline = start(own_infra, tmp_path / "scripts", {"DYN_LOG": "debug"})
     with running(pipeline):
         pipeline.wait_ready()
         assert ask(pipeline, "a").status_code == 200
@@ -221,10 +216,10 @@ class TestExport:
         assert {line["trace_id"] for line in lines_of(traced, "span-4").values()} == {"2" * 32}
 
     def test_a_collector_that_is_gone_costs_no_answer_and_holds_up_no_stop(
-        self, infra_here: Infra, tmp_path: Path, embedded_model: str
+        self, own_infra: Infra, tmp_path: Path, embedded_model: str
     ) -> None:
         env = {"OTEL_EXPORT_ENABLED": "1", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9"}
-        pipeline = start(infra_here, tmp_path / "scripts", env)
+        pipeline = start(own_infra, tmp_path / "scripts", env)
         with running(pipeline):
             pipeline.wait_ready()
             assert ask(pipeline, "span-6").status_code == 200
