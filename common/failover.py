@@ -123,12 +123,12 @@ class FailoverClient:
                 if context.is_stopped():
                     return
                 self._instances.quarantine(instance_id, failure)
-                num_broken_calls += not isinstance(failure, NotTaken)
+                if not isinstance(failure, NotTaken):  # until now it was being answered, and nobody waited for
+                    num_broken_calls += 1
+                    deadline = loop.time() + self._wait_s
                 if notes is not None:
                     notes.broke()
-            if delivered:
-                deadline = loop.time() + self._wait_s
-            elif loop.time() > deadline:
+            if loop.time() > deadline:
                 raise Unavailable(f"No instance of {self._client} answers.")
             if delivered and start_over is not None:
                 start_over()
@@ -150,6 +150,7 @@ class FailoverClient:
                 call = InstanceCall(call_context)
                 with self._instances.calling(instance_id, call):
                     stream = await call.wait_for(self._client.direct(request, instance_id, context=call_context))
+                    call.is_taken = True
                     while True:
                         try:
                             chunk = await call.wait_for(anext(stream))

@@ -20,10 +20,12 @@ class NotTaken(InstanceFailed):
 class InstanceCall:
     """A stream that is being waited for.
 
+    is_taken: whether the instance has accepted the request; a whole answer is then silent until its end.
     heard_at: when its last dict came, on the event loop's clock; None before the first.
     """
 
     def __init__(self, context: Context) -> None:
+        self.is_taken = False
         self.heard_at: float | None = None
         self._context = context
         self._awaited: asyncio.Future[Any] | None = None
@@ -52,7 +54,7 @@ class InstanceCall:
 
     def give_up(self, reason: str) -> None:
         """End the waiting. Dynamo itself would go on: up to 10 s for a connection, for ever when there is one."""
-        self._failure = InstanceFailed(reason) if self.heard_at is not None else NotTaken(reason)
+        self._failure = InstanceFailed(reason) if self.is_taken else NotTaken(reason)
         self._context.stop_generating()
         if self._awaited is not None:
             self._awaited.cancel()

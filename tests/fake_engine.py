@@ -100,6 +100,10 @@ class FakeEngine:
         engine_request: EngineRequest = read_engine_request(request)
         token_ids, finish_reason = self.answer_to(engine_request)
         await asyncio.sleep(args.first_token_ms / 1000)
+        if args.whole and not engine_request.output_options.stream:
+            await asyncio.sleep(args.token_interval_ms * len(token_ids) / 1000)
+            yield with_logprobs(token_ids, engine_request.output_options.logprobs) | {"finish_reason": finish_reason}
+            return
         for at in range(0, len(token_ids), args.tokens_per_chunk):
             if context.is_stopped():
                 return
@@ -128,6 +132,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokens-per-chunk", type=int, default=1)
     parser.add_argument("--token-interval-ms", type=float, default=0.0)
     parser.add_argument("--first-token-ms", type=float, default=0.0, help="how long the prompt takes")
+    parser.add_argument("--whole", action="store_true", help="say nothing until the end, where nobody streams")
     parser.add_argument("--garbage", choices=[*GARBAGE, *ENDLESS])
     parser.add_argument("--context-length", type=int, default=8192)
     parser.add_argument("--vocab-size", type=int, default=49152)

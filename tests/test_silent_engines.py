@@ -27,7 +27,7 @@ def scripts(tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
         pipeline.frontend()
         pipeline.processor()
         for _ in range(2):
-            pipeline.fake_engine("--token-interval-ms", "50")
+            pipeline.fake_engine("--token-interval-ms", "50", "--whole")
         pipeline.wait_ready(engines=2)
         yield pipeline
 
@@ -71,3 +71,21 @@ def test_the_calls_of_an_engine_that_hangs_go_on_elsewhere(scripts: Pipeline) ->
     print(f"all complete {took_s:.1f} s after it hung")
     assert took_s < 10 + DRAIN_S + 5 + 15
     assert "it left etcd and has said nothing for 11 s" in scripts.processes[1].log
+
+
+def test_an_answer_that_took_longer_than_one_waits_for_an_engine_still_goes_on_elsewhere(
+    own_infra: Infra, tmp_path: Path, embedded_model: str
+) -> None:
+    """Whole answers say nothing until their end: all that while they were being made, and nobody was waited for."""
+    pipeline = Pipeline(own_infra, tmp_path / "scripts")
+    with running(pipeline):
+        pipeline.frontend()
+        pipeline.processor("--engine-wait", "2")
+        engines = [pipeline.fake_engine("--token-interval-ms", "50", "--whole") for _ in range(2)]
+        pipeline.wait_ready(engines=2)
+        with ThreadPoolExecutor(4) as threads:
+            answers = [threads.submit(chat, pipeline, max_tokens=120) for _ in range(4)]
+            wait_until(lambda: all("running 2" in engine.log for engine in engines), 20, "two requests on each")
+            time.sleep(4)  # longer than --engine-wait; an answer takes six seconds
+            engines[0].kill()
+            assert [answer.result(60).status_code for answer in answers] == [200] * 4
