@@ -326,7 +326,7 @@ def test_other_methods_are_told_which_ones_there_are(fake_client: httpx.Client, 
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/", "/v1/chat/completions/", "//v1/models", "/V1/models", "/v1/completions"]
+    "path", ["/v1", "/v1/", "/v1/chat/completions/", "//v1/models", "/V1/models", "/v1/completions"]
 )
 def test_there_is_nothing_beside_the_routes(fake_client: httpx.Client, path: str) -> None:
     error_of(fake_client.get(path), 404)
