@@ -11,6 +11,8 @@ from common.runtime import Context, DistributedRuntime, configure_dynamo_logging
 
 
 async def generate(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+    if request.get("describe"):
+        raise KeyError("token_ids")
     number = 0
     try:
         while True:

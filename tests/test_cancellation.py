@@ -70,7 +70,7 @@ def test_nothing_is_left_of_abandoned_requests(scripts: Pipeline) -> None:
         with open_request(scripts, max_tokens=8000, stream=True) as client:
             assert client.recv(1000)
     wait_until(lambda: worker.log.count("closed ") >= NUM_ABANDONED, 20, "all handlers to end")
-    assert worker.log.count("closed on the loop") == NUM_ABANDONED
+    assert "closed elsewhere" not in worker.log
     for process in (worker, scripts.processes[1]):
         assert process.terminate() == 0
         assert "finishing 0 requests" in process.log
