@@ -1,22 +1,23 @@
 """Let newcomers gather before SGLang's scheduler takes them, so that a busy engine is interrupted less often.
 
-SGLang takes requests one by one as they come, and each time stops all running streams for a prefill: about ten
-milliseconds on an H100, for one prompt as for thirty. Under load that is half of the time. Here a newcomer waits a
-moment for others, the longer the more streams it would interrupt, and never where none is running.
+SGLang takes requests one by one as they come, and each time stops all running streams for a prefill: more than ten
+milliseconds on an H100, for one prompt as for thirty. Under load that is half of the time. Here the first of some
+newcomers waits a moment for the others: the longer, the more streams they would interrupt and the longer the last
+interruption took, and never where nothing is running.
 
-SGLang finds `register` through the entry point group `sglang.srt.plugins`, in every process it spawns. Its own
-`--scheduler-recv-interval` counts steps instead of time, so that what suits a small model delays a large one's first
-tokens by half a second; `--enable-prefill-delayer` costs an exchange among ranks in each step (measured, see
-docs/performance.md).
+SGLang finds `register` through the entry point group `sglang.srt.plugins`, in every process it spawns. What it has
+itself: `--scheduler-recv-interval` counts steps, so it also delays one newcomer beside one stream;
+`--enable-prefill-delayer` costs an exchange among ranks in each step (both measured, see docs/performance.md).
 """
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-# What an interruption is worth: this much waiting for each stream that goes on meanwhile.
-WAIT_S_PER_STREAM = 0.001
-MAX_WAIT_S = 0.06
+# Newcomers wait for as long as they would interrupt, times this: for each running stream, and at most.
+INTERRUPTIONS_PER_STREAM = 1 / 32
+MAX_INTERRUPTIONS = 2.0
+MAX_WAIT_S = 0.1
 
 
 class Gathering:
@@ -25,34 +26,52 @@ class Gathering:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._num_streams = 0
-        self._last_taken_at = -MAX_WAIT_S
+        self._interruption_s = 0.0
+        self._taken_at: float | None = None
+        self._first_came_at: float | None = None
 
-    def is_time(self, last_batch: Any) -> bool:
+    def is_time(self, last_batch: Any, is_anybody_there: Callable[[], bool]) -> bool:
         """May newcomers be taken now? last_batch: SGLang's ScheduleBatch of the last step, None where it idles."""
+        now = self._clock()
         if last_batch is None:
             self._num_streams = 0
         elif last_batch.forward_mode.is_decode():  # a prefill's batch does not tell how many streams it stopped
             self._num_streams = last_batch.batch_size()
-        wait_s = min(MAX_WAIT_S, self._num_streams * WAIT_S_PER_STREAM)
-        return self._clock() - self._last_taken_at >= wait_s
+            if self._taken_at is not None:
+                self._interruption_s, self._taken_at = now - self._taken_at, None
+        if not self._num_streams:
+            return True
+        if self._first_came_at is None:
+            if not is_anybody_there():
+                return False
+            self._first_came_at = now
+        return now - self._first_came_at >= self._wait_s()
+
+    def _wait_s(self) -> float:
+        num_interruptions = min(MAX_INTERRUPTIONS, self._num_streams * INTERRUPTIONS_PER_STREAM)
+        return min(MAX_WAIT_S, num_interruptions * self._interruption_s)
 
     def taken(self) -> None:
-        """Some were: those that come next wait for each other."""
-        self._last_taken_at = self._clock()
+        """Some were taken in, and the running streams stand still for it."""
+        self._taken_at, self._first_came_at = self._clock(), None
 
 
 _gathering = Gathering()
 
 
 def take_when_gathered(pull: Callable[[Any], list[Any] | None], receiver: Any) -> list[Any] | None:
-    """Stands around `SchedulerRequestReceiver._pull_raw_reqs`, which reads the socket on one rank and tells the others.
+    """Stands around `SchedulerRequestReceiver._pull_raw_reqs`, which reads the sockets on one rank.
 
-    So only that rank decides, and all of them see the same.
+    That rank tells the others what came, so all of them see the same.
     """
     ranks = receiver.ps
     if not ranks.pp_rank == ranks.attn_tp_rank == ranks.attn_cp_rank == 0:
         return pull(receiver)
-    if not _gathering.is_time(receiver.get_last_batch()):
+
+    def is_anybody_there() -> bool:
+        return bool(receiver.recv_from_tokenizer.poll(0) or (receiver.recv_from_rpc and receiver.recv_from_rpc.poll(0)))
+
+    if not _gathering.is_time(receiver.get_last_batch(), is_anybody_there):
         return []
     if requests := pull(receiver):
         _gathering.taken()

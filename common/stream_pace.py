@@ -11,10 +11,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from common.sglang_output import Output
 
-MAX_GAP_S = 0.045
+MAX_GAP_S = 0.05
 # What three processes pass on at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
 ITEMS_PER_SECOND = 800
 MAX_TOKENS_PER_ITEM = 64
+# Each token of up to this many streams may be an item of its own, however slow they are.
+STREAMS_PER_TOKEN = 64
 # How much of what was measured is kept with each item: the speed of the last few thousand tokens counts.
 _MEMORY = 0.998
 
@@ -40,11 +42,11 @@ class StreamPace:
 
     def tokens_per_item(self) -> int:
         """SGLang's `stream_interval` for a stream that begins now."""
-        if not self.seconds_per_token:
-            return 1
-        # Rounded up: where too many items slow everything down, tokens come slowly as well, and rounding down would
-        # keep it so.
-        return min(MAX_TOKENS_PER_ITEM, math.ceil(self.gap_s / self.seconds_per_token))
+        # Too many items slow everything down, the model's steps included, and tokens that come slowly ask for small
+        # items: without a least size that depends on nothing measured, an overloaded engine would stay so.
+        least = math.ceil(self.num_streams / STREAMS_PER_TOKEN)
+        wanted = math.ceil(self.gap_s / self.seconds_per_token) if self.seconds_per_token else 1
+        return min(MAX_TOKENS_PER_ITEM, max(1, least, wanted))
 
     async def paced(self, outputs: AsyncIterator[Output]) -> AsyncGenerator[Output, None]:
         """The items of one stream, fewer where they come too fast: each holds the whole answer so far.

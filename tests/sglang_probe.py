@@ -110,7 +110,9 @@ def gathering() -> dict[str, Any]:
 
     return {
         "hooked": hasattr(SchedulerRequestReceiver._pull_raw_reqs, "__wrapped__"),
-        "receiver_has": those_of(SchedulerRequestReceiver, "ps", "get_last_batch"),
+        "receiver_has": those_of(
+            SchedulerRequestReceiver, "ps", "get_last_batch", "recv_from_tokenizer", "recv_from_rpc"
+        ),
         "ranks_have": those_of(ParallelState, "pp_rank", "attn_tp_rank", "attn_cp_rank"),
         "batch_has": those_of(ScheduleBatch, "batch_size", "forward_mode"),
     }

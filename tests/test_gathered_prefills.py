@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from common import gathered_prefills
-from common.gathered_prefills import MAX_WAIT_S, WAIT_S_PER_STREAM, Gathering, take_when_gathered
+from common.gathered_prefills import INTERRUPTIONS_PER_STREAM, MAX_INTERRUPTIONS, MAX_WAIT_S, Gathering
 from tests.sglang_probe import probe
 
 
@@ -18,9 +18,16 @@ class Clock:
 
 
 def batch(num_streams: int, *, is_decode: bool = True) -> Any:
-    return SimpleNamespace(
-        forward_mode=SimpleNamespace(is_decode=lambda: is_decode), batch_size=lambda: num_streams
-    )  # fmt: skip
+    mode = SimpleNamespace(is_decode=lambda: is_decode)
+    return SimpleNamespace(forward_mode=mode, batch_size=lambda: num_streams)
+
+
+def somebody() -> bool:
+    return True
+
+
+def nobody() -> bool:
+    return False
 
 
 @pytest.fixture
@@ -33,63 +40,119 @@ def gathering(clock: Clock) -> Gathering:
     return Gathering(clock)
 
 
+def interrupt(gathering: Gathering, clock: Clock, num_streams: int, seconds: float) -> None:
+    """Take newcomers in beside that many streams, which then stand still for so long."""
+    assert gathering.is_time(batch(num_streams), somebody)
+    gathering.taken()
+    clock.now_s += seconds
+    assert not gathering.is_time(batch(num_streams), nobody)
+
+
+def waited_s(gathering: Gathering, clock: Clock, num_streams: int) -> float:
+    """How long somebody who comes now waits, to a tenth of a millisecond."""
+    came_at = clock.now_s
+    while not gathering.is_time(batch(num_streams), somebody):
+        clock.now_s += 0.0001
+    return clock.now_s - came_at
+
+
 def test_an_idle_engine_takes_everybody_at_once(gathering: Gathering) -> None:
     for _ in range(3):
-        assert gathering.is_time(None)
+        assert gathering.is_time(None, nobody)
         gathering.taken()
 
 
-def test_the_first_newcomer_after_a_quiet_time_does_not_wait(gathering: Gathering) -> None:
-    assert gathering.is_time(batch(256))
-
-
 @pytest.mark.parametrize(
-    ("num_streams", "wait_s"), [(1, WAIT_S_PER_STREAM), (8, 8 * WAIT_S_PER_STREAM), (1000, MAX_WAIT_S)]
+    ("num_streams", "interruption_s", "expected_s"),
+    [
+        (1, 0.016, 0.016 * INTERRUPTIONS_PER_STREAM),
+        (16, 0.016, 0.016 * 16 * INTERRUPTIONS_PER_STREAM),
+        (1000, 0.016, 0.016 * MAX_INTERRUPTIONS),
+        (1000, 3.0, MAX_WAIT_S),
+    ],
 )
-def test_the_next_ones_wait_the_longer_the_more_they_would_interrupt(
-    gathering: Gathering, clock: Clock, num_streams: int, wait_s: float
+def test_newcomers_wait_the_longer_the_more_they_would_interrupt(
+    gathering: Gathering, clock: Clock, num_streams: int, interruption_s: float, expected_s: float
 ) -> None:
-    assert gathering.is_time(batch(num_streams))
+    interrupt(gathering, clock, num_streams, interruption_s)
+    clock.now_s += 10  # however long nobody came
+    assert waited_s(gathering, clock, num_streams) == pytest.approx(expected_s, abs=0.0002)
+
+
+def test_the_wait_is_the_first_ones_and_those_who_come_later_are_taken_with_it(
+    gathering: Gathering, clock: Clock
+) -> None:
+    interrupt(gathering, clock, 64, 0.01)
+    assert not gathering.is_time(batch(64), somebody)
+    clock.now_s += 0.019
+    assert not gathering.is_time(batch(64), somebody)
+    clock.now_s += 0.002
+    assert gathering.is_time(batch(64), somebody)
     gathering.taken()
-    clock.now_s += wait_s * 0.99
-    assert not gathering.is_time(batch(num_streams))
-    clock.now_s += wait_s * 0.02
-    assert gathering.is_time(batch(num_streams))
+    clock.now_s += 0.01
+    assert not gathering.is_time(batch(64), somebody)  # those after them wait anew
 
 
 def test_a_prefill_in_between_does_not_hide_the_streams_that_it_stopped(gathering: Gathering, clock: Clock) -> None:
-    assert gathering.is_time(batch(50))
-    gathering.taken()
-    clock.now_s += 49 * WAIT_S_PER_STREAM
-    assert not gathering.is_time(batch(2, is_decode=False))
+    interrupt(gathering, clock, 64, 0.01)
+    assert not gathering.is_time(batch(2, is_decode=False), somebody)
 
 
-def test_only_the_rank_that_reads_the_socket_decides(monkeypatch: pytest.MonkeyPatch, gathering: Gathering) -> None:
+def test_when_the_last_stream_has_ended_nobody_waits(gathering: Gathering, clock: Clock) -> None:
+    interrupt(gathering, clock, 64, 0.01)
+    assert not gathering.is_time(batch(64), somebody)
+    assert gathering.is_time(None, somebody)
+
+
+class Socket:
+    """Holds requests until they are pulled."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+
+    def poll(self, timeout_ms: int) -> int:
+        assert timeout_ms == 0
+        return len(self.requests)
+
+
+def receiver(rank: int = 0, *, num_streams: int = 100) -> Any:
+    ranks = SimpleNamespace(pp_rank=0, attn_tp_rank=rank, attn_cp_rank=0)
+    sockets = {"recv_from_tokenizer": Socket(), "recv_from_rpc": Socket()}
+    return SimpleNamespace(ps=ranks, get_last_batch=lambda: batch(num_streams), **sockets)
+
+
+def pull(from_: Any) -> list[str]:
+    sockets = (from_.recv_from_tokenizer, from_.recv_from_rpc)
+    pulled = [request for socket in sockets for request in socket.requests]
+    for socket in sockets:
+        socket.requests.clear()
+    return pulled
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, gathering: Gathering) -> None:
     monkeypatch.setattr(gathered_prefills, "_gathering", gathering)
 
-    def receiver(rank: int) -> Any:
-        return SimpleNamespace(
-            ps=SimpleNamespace(pp_rank=0, attn_tp_rank=rank, attn_cp_rank=0), get_last_batch=lambda: batch(100)
-        )
 
-    assert take_when_gathered(lambda _: ["a request"], receiver(0)) == ["a request"]
-    assert take_when_gathered(lambda _: ["another one"], receiver(0)) == []
-    assert take_when_gathered(lambda _: None, receiver(1)) is None
+@pytest.mark.parametrize("name", ["recv_from_tokenizer", "recv_from_rpc"])
+def test_nothing_stays_in_a_socket_for_good(clock: Clock, gathering: Gathering, name: str) -> None:
+    interrupt(gathering, clock, 100, 0.01)
+    reading = receiver()
+    getattr(reading, name).requests.append("a request")
+    assert gathered_prefills.take_when_gathered(pull, reading) == []
+    clock.now_s += MAX_WAIT_S
+    assert gathered_prefills.take_when_gathered(pull, reading) == ["a request"]
 
 
-def test_taking_nothing_makes_nobody_wait(monkeypatch: pytest.MonkeyPatch, gathering: Gathering) -> None:
-    monkeypatch.setattr(gathered_prefills, "_gathering", gathering)
-    receiver = SimpleNamespace(
-        ps=SimpleNamespace(pp_rank=0, attn_tp_rank=0, attn_cp_rank=0), get_last_batch=lambda: batch(100)
-    )
-    assert take_when_gathered(lambda _: [], receiver) == []
-    assert take_when_gathered(lambda _: ["a request"], receiver) == ["a request"]
+def test_only_the_rank_that_reads_the_sockets_decides(clock: Clock, gathering: Gathering) -> None:
+    interrupt(gathering, clock, 100, 0.01)
+    assert gathered_prefills.take_when_gathered(lambda _: None, receiver(rank=1)) is None
 
 
 def test_sglang_loads_it_and_still_has_what_it_stands_around() -> None:
     assert probe()["gathering"] == {
         "hooked": True,
-        "receiver_has": ["get_last_batch", "ps"],
+        "receiver_has": ["get_last_batch", "ps", "recv_from_rpc", "recv_from_tokenizer"],
         "ranks_have": ["attn_cp_rank", "attn_tp_rank", "pp_rank"],
         "batch_has": ["batch_size", "forward_mode"],
     }
