@@ -13,16 +13,16 @@ from typing import Any
 
 import uvloop
 
-from common.cancellation import when_stopped
-from common.engine_args import parse_engine_args
+from common.dynamo.cancellation import when_stopped
+from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.errors import InvalidRequest, answers_errors
-from common.metrics import Metrics
-from common.request_path import RequestPath, with_path
-from common.request_records import RequestRecords
-from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.observability.metrics import Metrics
+from common.observability.request_path import RequestPath, with_path
+from common.observability.request_records import RequestRecords
 from common.sampling import sglang_sampling_params
-from common.sglang_engine import SGLangEngine
-from common.sglang_output import Output
+from common.sglang.engine import SGLangEngine
+from common.sglang.engine_args import parse_engine_args
+from common.sglang.output import Output
 from common.wire import EngineChunk, read_engine_request, take_origin, to_wire
 
 

@@ -19,26 +19,26 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.sse import EventSourceResponse
 
-from common.chat_responses import Answer, AnswerStream, models_json, sse
 from common.deadline import before
-from common.disconnect import unless_disconnected
+from common.dynamo.failover import FailoverClient
+from common.dynamo.model_directory import ModelDirectory
+from common.dynamo.runtime import Client, Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.errors import BadUpstream, DeadlineExceeded, InternalError, ModelNotFound, PipelineError, Unavailable
-from common.failover import FailoverClient
-from common.frontend_args import FrontendArgs, parse_frontend_args
-from common.http_admission import ApiKeys, ConcurrencyLimit
-from common.http_body import read_json
-from common.http_errors import install_error_handlers
-from common.http_request_id import HEADER, RequestId
-from common.http_server import serve_http
-from common.live_page import install_live_page
-from common.metrics import CONTENT_TYPE as METRICS_TYPE
-from common.metrics import Metrics
-from common.model_directory import ModelDirectory
-from common.openai_api import ChatCompletionRequest, parse_chat_request
-from common.openapi import install_openapi
-from common.request_path import RequestPath
-from common.request_records import RequestRecord, RequestRecords
-from common.runtime import Client, Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.http.admission import ApiKeys, ConcurrencyLimit
+from common.http.body import read_json
+from common.http.disconnect import unless_disconnected
+from common.http.errors import install_error_handlers
+from common.http.frontend_args import FrontendArgs, parse_frontend_args
+from common.http.live_page import install_live_page
+from common.http.request_id import HEADER, RequestId
+from common.http.server import serve_http
+from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.observability.metrics import Metrics
+from common.observability.request_path import RequestPath
+from common.observability.request_records import RequestRecord, RequestRecords
+from common.openai.openapi import install_openapi
+from common.openai.request import ChatCompletionRequest, parse_chat_request
+from common.openai.responses import Answer, AnswerStream, models_json, sse
 from common.wire import ProcessorChunk, put_origin, read_processor_chunk
 
 logger = logging.getLogger("frontend")

@@ -14,21 +14,21 @@ from typing import Any
 
 import uvloop
 
-from common.chat_tokenizer import ChatTokenizer
-from common.detokenizer import detokenize
-from common.engine_directory import EngineDirectory
+from common.dynamo.engine_directory import EngineDirectory
+from common.dynamo.failover import FailoverClient
+from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.errors import BadUpstream, ModelNotFound, answers_errors
-from common.failover import FailoverClient
-from common.generated_text import GeneratedText
-from common.logprobs import logprob_entries
 from common.merge import interleaved
-from common.metrics import Metrics
-from common.openai_api import ChatCompletionRequest, parse_chat_request
-from common.processor_args import ProcessorArgs, parse_processor_args
-from common.request_path import RequestPath, with_path
-from common.request_records import RequestRecord, RequestRecords
-from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.observability.metrics import Metrics
+from common.observability.request_path import RequestPath, with_path
+from common.observability.request_records import RequestRecord, RequestRecords
+from common.openai.request import ChatCompletionRequest, parse_chat_request
 from common.sampling import check_logit_bias, engine_request, remaining_request
+from common.text.chat_tokenizer import ChatTokenizer
+from common.text.detokenizer import detokenize
+from common.text.generated_text import GeneratedText
+from common.text.logprobs import logprob_entries
+from common.text.processor_args import ProcessorArgs, parse_processor_args
 from common.wire import (
     EngineChunk,
     EngineRequest,

@@ -1,1 +1,1 @@
-"""What the three scripts share: see the README for a map of these modules."""
+"""What the three scripts share: the README has a map."""

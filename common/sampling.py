@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.errors import InvalidRequest
-from common.openai_api import ChatCompletionRequest
+from common.openai.request import ChatCompletionRequest
 from common.wire import EngineRequest, Origin, OutputOptions, SamplingOptions, StopConditions
 
 # SGLang's fixed default of 128 new tokens would cut answers short, so `max_tokens` is always given.

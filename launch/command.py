@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import TextIO
 
-from common.servers import ServersMissing
+from common.dynamo.servers import ServersMissing
 
 IGNORE_REPEATS_S = 2.0
 """make passes on a SIGTERM that we may have got already: only a later one is meant as "now"."""

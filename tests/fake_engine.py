@@ -13,8 +13,8 @@ from typing import Any
 
 import uvloop
 
-from common.request_path import RequestPath, with_path
-from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.observability.request_path import RequestPath, with_path
 from common.wire import EngineDescription, EngineRequest, read_engine_request, to_wire
 
 logger = logging.getLogger("fake_engine")

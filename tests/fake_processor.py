@@ -7,7 +7,7 @@ from typing import Any
 
 import uvloop
 
-from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 
 END = {"finish_reason": "stop", "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
 GARBAGE: dict[str, list[Any]] = {

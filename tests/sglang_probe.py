@@ -63,8 +63,8 @@ def answer(folder: str) -> dict[str, Any]:
 
 
 def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from common.engine_args import parse_engine_args
-    from common.request_seeds import supports_seed
+    from common.sglang.engine_args import parse_engine_args
+    from common.sglang.request_seeds import supports_seed
 
     for name, options in COMMAND_LINES.items():
         stderr = io.StringIO()
@@ -86,7 +86,7 @@ def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def platform() -> dict[str, Any]:
     from sglang.srt.platforms import current_platform
 
-    from common.cpu_platform import CpuTorchNativePlatform
+    from common.sglang.cpu_platform import CpuTorchNativePlatform
 
     try:
         CpuTorchNativePlatform().get_paged_allocator_cls()(16, page_size=4)
@@ -121,7 +121,7 @@ def gathering() -> dict[str, Any]:
 def activated() -> dict[str, str | None]:
     from unittest.mock import patch
 
-    from common.cpu_platform import activate
+    from common.sglang.cpu_platform import activate
 
     found = {"no accelerator": activate()}
     with patch("torch.cuda.is_available", return_value=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvloop
 
-from common.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 
 
 async def generate(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from common.cancellation import when_stopped
-from common.runtime import Context
+from common.dynamo.cancellation import when_stopped
+from common.dynamo.runtime import Context
 from tests.processes import Infra, Pipeline, running, wait_until
 from tests.raw_http import open_request
 

@@ -5,7 +5,7 @@ from tests.sglang_probe import probe
 
 def test_without_an_accelerator_sglang_finds_our_platform_by_its_entry_point() -> None:
     assert probe()["current_platform"] == "CpuTorchNativePlatform"
-    assert probe()["activated"]["no accelerator"] == "common.cpu_platform:CpuTorchNativePlatform"
+    assert probe()["activated"]["no accelerator"] == "common.sglang.cpu_platform:CpuTorchNativePlatform"
 
 
 @pytest.mark.parametrize("present", ["cuda", "another accelerator", "SGLang's CPU engine"])

@@ -216,7 +216,7 @@ def test_the_wire_examples_are_what_wire_py_reads() -> None:
 CALL = """
 import asyncio, json, sys
 import uvloop
-from common.runtime import DistributedRuntime, dynamo_worker
+from common.dynamo.runtime import DistributedRuntime, dynamo_worker
 
 @dynamo_worker(static=False)
 async def worker(runtime: DistributedRuntime) -> None:
@@ -235,7 +235,7 @@ uvloop.run(worker())
 SPY = """
 import json, sys
 import uvloop
-from common.runtime import dynamo_worker
+from common.dynamo.runtime import dynamo_worker
 
 async def generate(request, context):
     print("asked", json.dumps(request), flush=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from common.engine_args import keep_ports_local, parse_engine_args
-from common.model_lookup import look_up_model
+from common.sglang.engine_args import keep_ports_local, parse_engine_args
+from common.sglang.model_lookup import look_up_model
 from tests.sglang_probe import probe
 
 

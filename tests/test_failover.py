@@ -1,4 +1,4 @@
-"""Races of `common.failover` that real processes lose too rarely to be tested with them."""
+"""Races of `common.dynamo.failover` that real processes lose too rarely to be tested with them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -7,10 +7,10 @@ from typing import Any, cast
 import pytest
 from prometheus_client import Counter
 
+from common.dynamo.failover import MAX_BROKEN_CALLS, FailoverClient
+from common.dynamo.runtime import Client, Context
 from common.errors import BadUpstream
-from common.failover import MAX_BROKEN_CALLS, FailoverClient
-from common.metrics import CallMetrics
-from common.runtime import Client, Context
+from common.observability.metrics import CallMetrics
 
 
 def uncounted() -> CallMetrics:
@@ -82,7 +82,7 @@ class Breaking(GoneButListed):
 
 @pytest.fixture
 def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.instance_pool.QUARANTINE_S", 0.01)
+    monkeypatch.setattr("common.dynamo.instance_pool.QUARANTINE_S", 0.01)
 
 
 def answer_of(client: GoneButListed) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from common import gathered_prefills
-from common.gathered_prefills import INTERRUPTIONS_PER_STREAM, MAX_INTERRUPTIONS, MAX_WAIT_S, Gathering
+from common.sglang import gathered_prefills
+from common.sglang.gathered_prefills import INTERRUPTIONS_PER_STREAM, MAX_INTERRUPTIONS, MAX_WAIT_S, Gathering
 from tests.sglang_probe import probe
 
 

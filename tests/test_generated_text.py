@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.detokenizer import IncrementalDetokenizer, detokenize
-from common.generated_text import GeneratedText
+from common.text.detokenizer import IncrementalDetokenizer, detokenize
+from common.text.generated_text import GeneratedText
 from tests.tokenizers_for_tests import (
     BYTE_TOKENIZERS,
     TOKENIZERS,

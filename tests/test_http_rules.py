@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from common.frontend_args import FrontendArgs
-from common.metrics import Metrics
+from common.http.frontend_args import FrontendArgs
+from common.observability.metrics import Metrics
 from frontend import create_app
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Pipeline, Process, wait_until

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from common.instance_call import InstanceCall, InstanceFailed
-from common.runtime import Context
+from common.dynamo.instance_call import InstanceCall, InstanceFailed
+from common.dynamo.runtime import Context
 
 
 async def nothing() -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadUpstream
-from common.live_page import PAGE, page_headers
-from common.request_path import HEADER, RequestPath, with_path
+from common.http.live_page import PAGE, page_headers
+from common.observability.request_path import HEADER, RequestPath, with_path
 from common.wire import read_stage
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Infra, Pipeline, running

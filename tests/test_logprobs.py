@@ -1,8 +1,8 @@
 import math
 
-from common.detokenizer import detokenize, special_token_ids
-from common.logprobs import logprob_entries
-from common.token_bytes import TokenBytes
+from common.text.detokenizer import detokenize, special_token_ids
+from common.text.logprobs import logprob_entries
+from common.text.token_bytes import TokenBytes
 from common.wire import EngineChunk
 from tests.tokenizers_for_tests import byte_level, encode, special_ids
 

@@ -15,11 +15,11 @@ import pytest
 import schemathesis
 
 from common.errors import PipelineError
-from common.frontend_args import FrontendArgs
-from common.metrics import Metrics
-from common.openai_api import NO_OPS, ChatCompletionRequest
-from common.openapi import openapi_document
-from common.strict_model import IGNORED
+from common.http.frontend_args import FrontendArgs
+from common.observability.metrics import Metrics
+from common.openai.openapi import openapi_document
+from common.openai.request import NO_OPS, ChatCompletionRequest
+from common.openai.strict_model import IGNORED
 from frontend import create_app
 from tests.frontends import frontend_beside
 from tests.processes import ROOT, Pipeline

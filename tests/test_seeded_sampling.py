@@ -1,6 +1,6 @@
 import torch
 
-from common.seeded_sampling import gumbel_noise, kept_tokens, sample_with_seeds, to_int64
+from common.sglang.seeded_sampling import gumbel_noise, kept_tokens, sample_with_seeds, to_int64
 
 # seeds 0 and -1 at positions 0 and 5, tokens 0 to 2, reckoned with Python's integers
 SPLITMIX64 = [[-3.60377899297, 2.086843676967, 0.173850076345], [-0.226443221099, 0.05130770453, -0.86416391423]]

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from common.sglang_output import Output
-from common.stream_pace import MAX_GAP_S, MAX_TOKENS_PER_ITEM, STREAMS_PER_TOKEN, StreamPace
+from common.sglang.output import Output
+from common.sglang.stream_pace import MAX_GAP_S, MAX_TOKENS_PER_ITEM, STREAMS_PER_TOKEN, StreamPace
 
 
 def output(num_tokens: int, *, is_last: bool = False) -> Output:

@@ -132,7 +132,8 @@ def test_every_line_is_json_from_start_to_stop(own_infra: Infra, tmp_path: Path,
 
 def test_a_traceback_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import logging, warnings\nfrom common.runtime import configure_dynamo_logging\nconfigure_dynamo_logging()\n"
+        "import logging, warnings\n"
+        "from common.dynamo.runtime import configure_dynamo_logging\nconfigure_dynamo_logging()\n"
         "log = logging.getLogger('x')\nwarnings.warn('dear reader')\nlog.debug('unheard')\n"
         "try:\n    1 / 0\nexcept ZeroDivisionError:\n    log.exception('two\\nlines')\n"
     )

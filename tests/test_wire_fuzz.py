@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, PipelineError, from_wire
-from common.openai_api import ChatCompletionRequest, parse_chat_request
+from common.openai.request import ChatCompletionRequest, parse_chat_request
 from common.sampling import sglang_sampling_params
 from common.wire import (
     EngineChunk,

@@ -41,25 +41,20 @@ def _noting(holder: Any, name: str, *, before: str = "", after: str = "") -> Non
 
 
 def _watch(script: str) -> None:
-    from common import (
-        chat_responses,
-        chat_tokenizer,
-        generated_text,
-        http_request_id,
-        openai_api,
-        runtime,
-        sampling,
-        wire,
-    )
+    from common import sampling, wire
+    from common.dynamo import runtime
+    from common.http import request_id
+    from common.openai import request, responses
+    from common.text import chat_tokenizer, generated_text
 
     if script == "frontend":
-        _noting(http_request_id.RequestId, "__call__", before="frontend has the headers")
-        _noting(openai_api, "parse_chat_request", after="frontend has checked the request")
+        _noting(request_id.RequestId, "__call__", before="frontend has the headers")
+        _noting(request, "parse_chat_request", after="frontend has checked the request")
         _noting(runtime.Client, "direct", before="frontend calls a processor")
         _noting(wire, "read_processor_chunk", before="frontend has text")
-        _noting(chat_responses.AnswerStream, "events", after="frontend has an event")
+        _noting(responses.AnswerStream, "events", after="frontend has an event")
     elif script == "processor":
-        _noting(openai_api, "parse_chat_request", before="processor has the request")
+        _noting(request, "parse_chat_request", before="processor has the request")
         _noting(chat_tokenizer.ChatTokenizer, "encode_chat", after="processor has token ids")
         _noting(runtime.Client, "direct", before="processor calls an engine")
         _noting(wire, "read_engine_chunk", before="processor has a token")

@@ -1,0 +1,71 @@
+"""Cancellation that crosses processes: whoever stops waiting for an answer stops whoever makes it.
+
+Dynamo can wake a coroutine when a context is stopped, but each such wait costs a task on its side and a hand-over
+of the interpreter lock, for every request, though hardly any is ever cancelled. Looking at all contexts in turn,
+twenty times a second, costs next to nothing.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+
+from common.dynamo.releases import child_of
+from common.dynamo.runtime import Context
+
+POLL_S = 0.05
+
+
+class _Watcher:
+    """Looks at the contexts of all requests in flight, as long as there are any."""
+
+    def __init__(self) -> None:
+        self._watched: dict[int, tuple[Context, Callable[[], None]]] = {}
+        self._keys = count()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, context: Context, action: Callable[[], None]) -> int:
+        key = next(self._keys)
+        self._watched[key] = (context, action)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(POLL_S, self._look)
+        return key
+
+    def remove(self, key: int) -> None:
+        self._watched.pop(key, None)
+
+    def _look(self) -> None:
+        # A copy: asking Dynamo lets other threads run, and what they drop may add or remove.
+        stopped = [(key, action) for key, (context, action) in self._watched.copy().items() if context.is_stopped()]
+        for key, action in stopped:
+            self.remove(key)
+            action()
+        self._timer = asyncio.get_running_loop().call_later(POLL_S, self._look) if self._watched else None
+
+
+_watcher = _Watcher()
+
+
+@contextmanager
+def when_stopped(context: Context, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` within POLL_S after the caller gave up, as long as the block lasts."""
+    key = _watcher.add(context, action)
+    try:
+        yield
+    finally:
+        _watcher.remove(key)
+
+
+@contextmanager
+def child_context(parent: Context) -> Iterator[Context]:
+    """A context for a call made on behalf of `parent`: stopped with it, and when the block is left early.
+
+    So an engine is told to stop when the client goes away, when a stop string was found, and when we fail.
+    """
+    child = child_of(parent)
+    with when_stopped(parent, child.stop_generating):
+        try:
+            yield child
+        except BaseException:  # GeneratorExit and CancelledError above all
+            child.stop_generating()
+            raise

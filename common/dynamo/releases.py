@@ -1,0 +1,132 @@
+"""What changed between Dynamo releases, and nothing else: the only module that knows there are several.
+
+======================  =======================  =========================  ==============================
+                        0.5                      0.7                        1.x
+======================  =======================  =========================  ==============================
+the runtime             (loop, is_static)        (loop, "etcd", is_static)  (loop, "etcd", "nats")
+namespace, component    objects of the runtime   objects of the runtime     "namespace.component.endpoint"
+create_service()        serving needs it         serving needs it           gone
+request plane           NATS                     NATS                       TCP unless told otherwise
+response streams        on a routable address    on a routable address      on the interface we name
+leaving etcd            when all is answered     at once                    at once
+  by                    shutdown()               shutdown()                 unregister_endpoint_instance()
+  meanwhile             new calls are refused    its own calls fail too     new calls are answered
+when etcd forgets us    the runtime ends for     the runtime ends, another  the runtime ends, another
+                        good, so must we         one can be opened          one can be opened
+an early stop           is lost                  arrives                    arrives
+a missed response       rules out the instance   is forgiven                is forgiven
+too large a request     is never answered        is never answered          is refused at once
+======================  =======================  =========================  ==============================
+
+Each function below is one row or two. Releases are told apart by what they offer, not by a version number.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import orjson
+
+from common.dynamo.environment import pem_texts, prepare_environment
+
+prepare_environment()
+
+from dynamo.runtime import Context as Context  # noqa: E402
+from dynamo.runtime import DistributedRuntime  # noqa: E402
+from dynamo.runtime.logging import configure_dynamo_logging as _configure_dynamo_logging  # noqa: E402
+
+_HAS_COMPONENTS = hasattr(DistributedRuntime, "namespace")
+_TAKES_A_STORE = "store_kv" in (DistributedRuntime.__text_signature__ or "")
+CAN_REOPEN = _TAKES_A_STORE or not _HAS_COMPONENTS
+"""Whether a process can open another runtime after its first one has ended."""
+
+# The runtime's errors arrive as text: 1.x begins with a kind of error, 0.x says it in words.
+_WORKER_RAISED = ("BackendInvalidArgument", "BackendUnknown", "a python exception was caught while processing")
+_RULED_OUT = "not found for endpoint"
+_TOO_LARGE = "payload is too large"
+_NO_ANSWER = ("CannotConnect", "no responders", "Unavailable", "deadline has elapsed")
+
+
+def configure_dynamo_logging() -> None:
+    """Send Python's log records through Dynamo's logger, so that Python and Rust lines look the same."""
+    _configure_dynamo_logging()
+    for chatty in ("httpx", "httpcore", "asyncio", "uvicorn.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@pem_texts()
+def open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
+    """Connect to etcd and NATS. Blocks the calling thread; call it off the loop.
+
+    Raises:
+        Exception: what the runtime raises when a server refuses or cannot be reached.
+    """
+    if not _HAS_COMPONENTS:
+        return DistributedRuntime(loop, "etcd", "nats")
+    return DistributedRuntime(loop, "etcd", False) if _TAKES_A_STORE else DistributedRuntime(loop, False)
+
+
+async def open_endpoint(runtime: Any, namespace: str, component: str, endpoint: str, *, serve: bool) -> Any:
+    """The runtime's own endpoint object. `serve`: requests will be answered there."""
+    if not _HAS_COMPONENTS:
+        return runtime.endpoint(f"{namespace}.{component}.{endpoint}")
+    owner = runtime.namespace(namespace).component(component)
+    if serve:
+        await owner.create_service()
+    return owner.endpoint(endpoint)
+
+
+def expose_metrics(endpoint: Any, metrics_text: Callable[[], str]) -> bool:
+    """Add to what Dynamo shows at DYN_SYSTEM_PORT. False where it shows nothing but its own metrics."""
+    if (metrics := getattr(endpoint, "metrics", None)) is not None:
+        metrics.register_prometheus_expfmt_callback(metrics_text)
+    return metrics is not None
+
+
+async def leave_discovery(runtime: Any, endpoint: Any) -> bool:
+    """Get no new requests, while those in flight go on. False where only the runtime as a whole can leave."""
+    unregister = getattr(endpoint, "unregister_endpoint_instance", None)
+    if unregister is None:
+        runtime.shutdown()  # begins with the endpoints
+        return False
+    await unregister()
+    return True
+
+
+def child_of(context: Context) -> Context:
+    """A context that is stopped by itself, and belongs to the same trace of Dynamo's where there are traces."""
+    return context.detached(uuid.uuid4().hex) if hasattr(context, "detached") else Context()
+
+
+def repeat_early_stop(context: Context | None) -> None:
+    """Call when a stream has been opened: 0.5 does not pass on a stop that came before."""
+    if context is not None and context.is_stopped():
+        context.stop_generating()
+
+
+def is_ruled_out(client: Any, instance_id: int, error: Exception) -> bool:
+    """Whether this client will never call that instance again, though it is there; another client would."""
+    return _RULED_OUT in str(error) and instance_id in client.instance_ids()
+
+
+def is_raised_by_worker(error: Exception) -> bool:
+    """Whether the handler raised: it would raise again on another instance."""
+    return str(error).startswith(_WORKER_RAISED)
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether Dynamo itself found the request larger than NATS carries (`max_payload`)."""
+    return _TOO_LARGE in str(error)
+
+
+def is_unanswered(error: Exception) -> bool:
+    """Whether nothing came back: nobody is there, or NATS did not carry a request that Dynamo let pass."""
+    return any(words in str(error) for words in _NO_ANSWER)
+
+
+def size_on_nats(request: dict[str, Any]) -> int:
+    """Bytes of a request, which 0.x writes as JSON, less those that the runtime adds."""
+    return len(orjson.dumps(request) if _HAS_COMPONENTS else msgspec.msgpack.encode(request))

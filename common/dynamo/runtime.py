@@ -1,0 +1,269 @@
+"""The chapter's vocabulary: `@dynamo_worker(static=False)`, `namespace`, `component`, `endpoint`, `client`.
+
+The objects here stand in front of Dynamo's own, on any release (`releases`), and stay valid when the
+connection behind them is replaced (`connection`).
+"""
+
+import asyncio
+import atexit
+import functools
+import gc
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Concatenate, ParamSpec
+
+from common.dynamo import releases
+from common.dynamo.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
+from common.dynamo.dead_peers import detect_dead_peers
+from common.dynamo.releases import Context
+from common.dynamo.response_address import VARIABLE, is_out_of_reach
+from common.dynamo.servers import ServersMissing
+from common.observability.logs import configure_dynamo_logging
+
+__all__ = [
+    "DRAIN_TIMEOUT_S",
+    "Client",
+    "Context",
+    "DistributedRuntime",
+    "configure_dynamo_logging",
+    "dynamo_worker",
+]
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0005
+MAX_REFUSALS = 3
+
+P = ParamSpec("P")
+Running = Coroutine[Any, Any, None]
+Handler = Callable[[dict[str, Any], Context], AsyncGenerator[dict[str, Any], None]]
+
+
+class DistributedRuntime(Connection):
+    """What a worker gets: its place in the pipeline."""
+
+    def namespace(self, name: str) -> "Namespace":
+        return Namespace(self, name)
+
+
+class Namespace:
+    def __init__(self, runtime: DistributedRuntime, name: str) -> None:
+        self._runtime, self._name = runtime, name
+
+    def component(self, name: str) -> "Component":
+        return Component(self._runtime, self._name, name)
+
+
+class Component:
+    def __init__(self, runtime: DistributedRuntime, namespace: str, name: str) -> None:
+        self._runtime, self._namespace, self._name = runtime, namespace, name
+
+    async def create_service(self) -> None:
+        """Announce that this process will serve endpoints. It reaches etcd with the first `serve_endpoint`."""
+
+    def endpoint(self, name: str) -> "Endpoint":
+        return Endpoint(self._runtime, self._namespace, self._name, name)
+
+
+class Endpoint:
+    def __init__(self, runtime: DistributedRuntime, namespace: str, component: str, name: str) -> None:
+        self._runtime, self._path = runtime, (namespace, component, name)
+
+    def __str__(self) -> str:
+        return "/".join(self._path)
+
+    async def open(self, *, serve: bool) -> Any:
+        return await releases.open_endpoint(self._runtime.raw, *self._path, serve=serve)
+
+    async def serve_endpoint(self, handler: Handler) -> None:
+        """Answer requests with the dicts that `handler(request, context)` yields, until the process is stopped."""
+        runtime = self._runtime
+        counted = self._counting(handler)
+        has_served, num_refusals = False, 0
+        while not runtime.is_stopping.is_set():
+            generation = runtime.generation
+            raw_endpoint = await self.open(serve=True)
+            runtime.serving(str(self), raw_endpoint)
+            logger.info("serving %s", self)
+            try:
+                await raw_endpoint.serve_endpoint(counted, graceful_shutdown=True)
+                has_served = True
+            except Exception as error:  # etcd took no key from us: it may have gone away just now
+                num_refusals += 1
+                if not has_served and (num_refusals == MAX_REFUSALS or not releases.CAN_REOPEN):
+                    raise ServersMissing(f"cannot register {self} in etcd: {error}.") from error
+                logger.warning("could not register %s: %s", self, error)
+                await asyncio.sleep(RECONNECT_PAUSE_S)
+            if not runtime.is_stopping.is_set():
+                logger.warning("etcd has forgotten %s; registering again as soon as it answers", self)
+                await runtime.reconnect(generation)
+        await runtime.is_drained.wait()
+
+    def _counting(self, handler: Handler) -> Handler:
+        runtime, loop = self._runtime, asyncio.get_running_loop()
+
+        async def close(stream: AsyncGenerator[dict[str, Any], None]) -> None:
+            try:
+                await stream.aclose()
+            finally:
+                runtime.num_in_flight -= 1
+
+        async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
+            runtime.num_in_flight += 1
+            stream = handler(request, context)
+            try:
+                async for item in stream:
+                    yield item
+            except GeneratorExit:
+                # Dynamo drops a stream that nobody reads in a thread of its own, where nothing can be awaited.
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(lambda: runtime.run_in_background(close(stream)))
+                raise
+            except BaseException:
+                runtime.num_in_flight -= 1
+                raise
+            runtime.num_in_flight -= 1
+
+        return counted
+
+    async def client(self) -> "Client":
+        client = Client(self._runtime, self)
+        await client.refresh()
+        if is_out_of_reach():
+            logger.warning("answers come back on loopback only: to have %s on another machine, set %s", self, VARIABLE)
+        return client
+
+
+class Client:
+    """Calls the instances of one endpoint, wherever they are."""
+
+    def __init__(self, runtime: DistributedRuntime, endpoint: Endpoint) -> None:
+        self._runtime, self._endpoint = runtime, endpoint
+        self._raw: Any = None
+        self._generation = -1
+        self._refreshing = asyncio.Lock()
+
+    def __str__(self) -> str:
+        return str(self._endpoint)
+
+    async def refresh(self) -> Any:
+        """Dynamo's client, made anew where the connection was replaced."""
+        if self._generation != self._runtime.generation:
+            async with self._refreshing:
+                generation = self._runtime.generation
+                if self._generation != generation:
+                    self._raw = await (await self._endpoint.open(serve=False)).client()
+                    detect_dead_peers()  # answers come in through a socket that is listening by now
+                    self._generation = generation
+        return self._raw
+
+    async def instance_ids(self) -> list[int]:
+        """Who serves the endpoint, as etcd says now. An instance that was killed stays listed for up to 10 s."""
+        return list((await self.refresh()).instance_ids())
+
+    def num_instances(self) -> int:
+        """How many `instance_ids` would name, for those who cannot wait."""
+        return len(self._raw.instance_ids())
+
+    async def generate(self, request: dict[str, Any], context: Context | None = None) -> AsyncIterator[Any]:
+        """Call the next instance in turn. Each item of the stream has the worker's dict in `.data()`.
+
+        Raises:
+            Exception: what the runtime raises, here or while the stream is read; see `common.dynamo.failover`.
+        """
+        raw = await self.refresh()
+        stream: AsyncIterator[Any] = await raw.round_robin(request, context=context)
+        releases.repeat_early_stop(context)
+        return stream
+
+    async def direct(
+        self, request: dict[str, Any], instance_id: int, context: Context | None = None
+    ) -> AsyncIterator[Any]:
+        """Call one instance."""
+        raw = await self.refresh()
+        try:
+            stream: AsyncIterator[Any] = await raw.direct(request, instance_id, context=context)
+        except Exception as error:
+            if self._raw is raw and releases.is_ruled_out(raw, instance_id, error):
+                self._generation = -1  # the next call makes a new client, which asks again
+            raise
+        releases.repeat_early_stop(context)
+        return stream
+
+
+def _tune_interpreter() -> None:
+    """Settings for a process whose event loop shares the interpreter with the runtime's threads.
+
+    A thread that wants the interpreter lock waits 5 ms by default before it insists, which every item of a stream
+    may have to do. What was loaded by now stays: the collector need not look at it again and again.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()
+
+
+def _skip_finalization_at_exit() -> None:
+    """End the process right after Python's own exit handlers, with the exit code that it would have.
+
+    The runtime's threads outlive `shutdown()`. One that wants the interpreter while it is being torn down crashes
+    the process: about one graceful stop in thirty ended with SIGSEGV or SIGABRT instead of 0.
+    """
+    global _is_finalization_skipped
+    _is_finalization_skipped = True
+
+
+_is_finalization_skipped = False
+
+
+@atexit.register  # among the first, so it runs after those that were registered later
+def _end_at_once() -> None:
+    if _is_finalization_skipped and not hasattr(sys, "last_value"):  # last_value: an exception ended the program
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def dynamo_worker(
+    static: bool = False,
+) -> Callable[[Callable[Concatenate[DistributedRuntime, P], Running]], Callable[P, Running]]:
+    """Connect to etcd and NATS, run the decorated coroutine with the runtime, and stop it gracefully.
+
+    The first SIGTERM or SIGINT drains, the second ends the process at once. `static` is the chapter's word for
+    running without discovery, which this pipeline does not do.
+    """
+    if static:
+        raise ValueError("static=True would mean running without etcd; this pipeline discovers its parts there")
+
+    def decorate(worker: Callable[Concatenate[DistributedRuntime, P], Running]) -> Callable[P, Running]:
+        @functools.wraps(worker)
+        async def run(*args: P.args, **kwargs: P.kwargs) -> None:
+            runtime = DistributedRuntime()
+
+            async def connect_and_work() -> None:
+                await runtime.connect()
+                _tune_interpreter()
+                await worker(runtime, *args, **kwargs)
+
+            runtime.worker_task = asyncio.ensure_future(connect_and_work())
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(signum, runtime.request_stop)
+            try:
+                await runtime.worker_task
+            except asyncio.CancelledError:
+                if runtime.failure:
+                    sys.exit(f"error: {runtime.failure}")
+                if not runtime.is_stopping.is_set():
+                    raise
+            except ServersMissing as error:
+                sys.exit(f"error: {error}")
+            if runtime.is_stopping.is_set():
+                _skip_finalization_at_exit()
+
+        return run
+
+    return decorate

@@ -1,0 +1,1 @@
+"""The HTTP side of the frontend: serving, admission, limits, the page."""

@@ -1,0 +1,79 @@
+"""Who may come in: API keys, and the number of requests in work. Plain ASGI, so that streams are not buffered."""
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import InvalidApiKey, Overloaded, PipelineError
+from common.http.errors import error_response
+
+PROTECTED_PREFIXES = ("/v1/", "/pipeline")
+CHAT_PATH = "/v1/chat/completions"
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class ApiKeys:
+    """Answers 401 to requests for what is protected without one of the keys, which are kept and compared as digests."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._digests and scope["path"].startswith(PROTECTED_PREFIXES):
+            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+            given = _digest(key.strip())
+            # Compare with all of them: the time taken must not tell which one came close.
+            matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+            if scheme.lower() != "bearer" or not any(matches):
+                error = InvalidApiKey("Missing or wrong API key. Send it as: Authorization: Bearer KEY.")
+                await error_response(scope, error, {"www-authenticate": "Bearer"})(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class ConcurrencyLimit:
+    """Answers 429 to chat requests above the limit. A stream counts until its last byte is sent.
+
+    A request counts from the end of its body: clients that send theirs slowly take no place from others.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+        self._num_in_work = 0
+
+    def _refuse_above_limit(self) -> None:
+        if self._num_in_work >= self._limit:
+            raise Overloaded(f"{self._limit} requests are in work, which is the limit. Try again.")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != CHAT_PATH:
+            await self._app(scope, receive, send)
+            return
+        is_in_work = False
+
+        async def receive_and_count() -> Message:
+            nonlocal is_in_work
+            message = await receive()
+            if not is_in_work and message["type"] == "http.request" and not message.get("more_body", False):
+                self._refuse_above_limit()
+                self._num_in_work += 1
+                is_in_work = True
+            return message
+
+        try:
+            self._refuse_above_limit()  # before the body is read
+        except PipelineError as error:
+            await error_response(scope, error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive_and_count, send)
+        finally:
+            self._num_in_work -= is_in_work

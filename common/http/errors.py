@@ -1,0 +1,75 @@
+"""Every error of the HTTP side as OpenAI's envelope, whoever raised it."""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFound, PipelineError
+from common.openai.responses import error_json
+
+logger = logging.getLogger(__name__)
+
+
+def error_response(scope: Scope, error: PipelineError, headers: dict[str, str] | None = None) -> Response:
+    """The answer to a request that fails, noted in its record if it has one."""
+    if (record := scope["state"].get("record")) is not None:
+        record.outcome = error.outcome
+    all_headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        all_headers["retry-after"] = str(error.retry_after_s)
+    return Response(error_json(error), error.status, all_headers, media_type="application/json")
+
+
+async def _on_pipeline_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PipelineError)
+    return error_response(request.scope, error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return error_response(request.scope, NotFound(f"There is nothing at {request.url.path}."), headers)
+    if error.status_code == 405:
+        return error_response(request.scope, MethodNotAllowed(f"{request.method} is not allowed here."), headers)
+    return error_response(request.scope, InvalidRequest(str(error.detail)), headers)
+
+
+class CatchAll:
+    """Answers 500 to an exception that nobody has handled, and nothing to a client that went away.
+
+    It sits inside the other middleware, so that this answer has their headers, too; Starlette's own is outside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            pass
+        except Exception:
+            if is_started:
+                raise  # the server logs it, and breaks the connection off
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            error = InternalError("The server had an error while processing your request.")
+            await error_response(scope, error)(scope, receive, send)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Call before any other middleware is added: the last one added is the outermost."""
+    app.add_exception_handler(PipelineError, _on_pipeline_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(CatchAll)

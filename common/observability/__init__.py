@@ -1,0 +1,1 @@
+"""What a process tells of its requests: metrics, log lines, spans, paths."""

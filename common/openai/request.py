@@ -1,0 +1,147 @@
+"""OpenAI's chat completion request, as far as this pipeline takes it.
+
+Anything not named here is refused by name, unless it has the value that changes nothing (`NO_OPS`, or null).
+"""
+
+import re
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from common.errors import InvalidRequest
+from common.openai.messages import Message
+from common.openai.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
+
+MAX_CHOICES = 16
+MAX_STOP_STRINGS = 4
+MAX_BIASED_TOKENS = 1024
+
+# Fields of OpenAI's that have no effect here, with the values that ask for none.
+NO_OPS: dict[str, Any] = {
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "service_tier": IGNORED,
+    "prompt_cache_key": IGNORED,
+    "prompt_cache_retention": IGNORED,
+    "safety_identifier": IGNORED,
+}
+_TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
+
+
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),
+]
+_StopString = Annotated[str, Field(min_length=1)]
+Stop = Annotated[
+    Annotated[_StopString, IS_STRING] | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS), IS_LIST],
+    STRING_OR_LIST,
+]
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatCompletionRequest(StrictModel):
+    """The body of POST /v1/chat/completions. Null is the same as leaving a field out."""
+
+    no_ops = NO_OPS
+    rules: ClassVar = [
+        any_of(absent("top_logprobs"), present("logprobs", const=True)),
+        any_of(absent("stream_options"), present("stream", const=True)),
+    ]
+    model: str = Field(min_length=1, description="One that GET /v1/models lists; any other is a 404.")
+    messages: list[Message] = Field(
+        min_length=1, description="What the model's chat template or its context has no room for is a 400."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="The prompt's tokens and these must fit into the context.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Goes before max_tokens.")
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=2**30)
+    min_p: float | None = Field(None, ge=0, le=1)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logit_bias: LogitBias | None = Field(None, description="By token id; one that the model does not have is a 400.")
+    stop: Stop | None = None
+    ignore_eos: bool = False
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "ChatCompletionRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed when stream is true")
+        if not all(re.fullmatch(_TOKEN_ID, token_id) for token_id in self.logit_bias or {}):
+            raise ValueError("logit_bias: the keys must be token ids")
+        return self
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def num_tokens_asked(self) -> int | None:
+        """The client's own limit for the answer, in tokens."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """None: no logprobs wanted. 0: the chosen tokens' only."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def is_usage_wanted(self) -> bool:
+        """Whether a stream ends with a chunk that carries the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`("messages", 0, "user", "content", "<string>")` as OpenAI writes it: `messages[0].content`."""
+    path = ""
+    for position, step in enumerate(location):
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step in (IS_STRING.tag, IS_LIST.tag) or (position == 2 and location[0] == "messages"):
+            continue  # which member of a union it is: pydantic's, not the client's
+        else:
+            path += f".{step}" if path else step
+    return path
+
+
+def parse_chat_request(data: Any) -> ChatCompletionRequest:
+    """Raises:
+    InvalidRequest: with `param` naming the field, as OpenAI does.
+    """
+    if not isinstance(data, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    try:
+        return ChatCompletionRequest.model_validate(data)
+    except ValidationError as invalid:
+        error = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
+    param = _path(error["loc"])
+    if error["type"] == "extra_forbidden":
+        raise InvalidRequest(f"Unrecognized or unsupported argument: {param}.", param=param)
+    if error["type"] == "missing":
+        raise InvalidRequest(f"Missing required argument: {param}.", param=param)
+    reason = error["msg"].removeprefix("Value error, ")
+    if not param and ": " in reason:
+        param = reason.split(": ", 1)[0]
+    raise InvalidRequest(f"Invalid value for {param}: {reason.removeprefix(param + ': ')}.", param=param)

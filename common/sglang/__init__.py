@@ -1,0 +1,1 @@
+"""SGLang as the engine script uses it, with or without a GPU."""

@@ -1,0 +1,123 @@
+"""engine.py's command line: SGLang's own, with the few settings that this pipeline needs.
+
+Importing this module is cheap. SGLang, which takes ten seconds to import, is imported once
+the model is known to exist.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from common.sglang.model_lookup import look_up_model
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+PROG = "engine.py"
+USAGE = f"{PROG} --model-path MODEL [any option of SGLang's server]"
+HELP = """\
+Serve a model with SGLang as the Dynamo endpoint inference.engine.generate: token ids in,
+token ids out.
+
+  --model-path MODEL  a folder, or a name on the Hugging Face hub
+  -h, --help          this text, then SGLang's own options (after about ten seconds)
+
+Chosen here, whatever is given: --skip-tokenizer-init (the processor owns the tokenizer), and
+no --incremental-streaming-output. Chosen unless given: --log-level warning. Without a GPU
+also, unless given: --device cpu, --disable-overlap-schedule, --grammar-backend llguidance,
+--sleep-on-idle, --max-total-tokens 32768, --mem-fraction-static 0.5, and OMP_NUM_THREADS at
+half the cores. CUDA_VISIBLE_DEVICES="" hides the GPUs of a machine that has some.
+
+The environment variables NATS_SERVER, ETCD_ENDPOINTS, DYN_LOG and DYN_SYSTEM_PORT (for /metrics)
+mean what they mean everywhere in Dynamo.
+"""
+
+# The engine reads items that hold the whole answer so far, and sends on what is new in them.
+REQUIRED_SETTINGS = {"skip_tokenizer_init": True, "incremental_streaming_output": False}
+DEFAULTS = {"log_level": "warning"}
+# 32768 tokens: four full contexts of 8192, 0.75 GB for SmolLM2-135M. Memory is touched as it is used.
+CPU_DEFAULTS = {
+    "device": "cpu",
+    "disable_overlap_schedule": True,
+    "grammar_backend": "llguidance",  # the usual xgrammar kills the scheduler on a CPU
+    "sleep_on_idle": True,  # an idle scheduler burns a core otherwise
+    "max_total_tokens": 32768,
+    "mem_fraction_static": 0.5,
+}
+# SGLang follows a dead scheduler into death; first it would wait 5 s, requests and event loop with it.
+ENVIRONMENT = {"SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0"}
+# OpenMP's threads wait for each other spinning: one that must share its core with another process slows
+# all down (measured on 2 cores: from 22 to 2.5 tokens/s; with one thread less, from 16 to 15).
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // 2))}
+
+
+def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
+    """Turn a command line into SGLang's ServerArgs.
+
+    Raises:
+        SystemExit: after one clear line, where the arguments or the model are unusable.
+    """
+    _check_model(argv)
+
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.server_args_config_parser import ConfigArgumentMerger
+
+    from common.sglang.cpu_platform import activate
+
+    load_plugins()  # some may hook ServerArgs
+    parser = argparse.ArgumentParser(prog=PROG, usage=USAGE)
+    ServerArgs.add_cli_args(parser)
+    is_on_cpu = activate() is not None
+    for name, value in (ENVIRONMENT | (CPU_ENVIRONMENT if is_on_cpu else {})).items():
+        os.environ.setdefault(name, value)
+    parser.set_defaults(**DEFAULTS, **(CPU_DEFAULTS if is_on_cpu else {}))
+    arguments = parser.parse_args(ConfigArgumentMerger(parser).merge_config_with_args(list(argv)))
+    if is_on_cpu and arguments.device != "cpu":
+        _exit(f"--device {arguments.device}: PyTorch sees no such device here")
+    vars(arguments).update(REQUIRED_SETTINGS)
+    try:
+        return ServerArgs.from_cli_args(arguments)
+    except (ValueError, AssertionError, NotImplementedError, OSError) as error:
+        _exit(str(error))
+
+
+def keep_ports_local(server_args: "ServerArgs") -> None:
+    """Have PyTorch's process groups listen on loopback, or not at all.
+
+    Left alone, the rendezvous store listens on every interface, and Gloo on the interface
+    that the host name resolves to. Call before the engine starts. Engines that span several
+    nodes or replicas need real addresses and are left as they are.
+    """
+    if server_args.nnodes > 1 or server_args.dp_size > 1:
+        return
+    # A file in memory, which SGLang's processes open through this one and which ends with it: SIGKILL leaves no trace.
+    store = os.memfd_create("rendezvous")
+    os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", f"file:///proc/{os.getpid()}/fd/{store}")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _check_model(argv: Sequence[str]) -> None:
+    """Look for the model before SGLang is imported."""
+    parser = argparse.ArgumentParser(prog=PROG, usage=USAGE, add_help=False)
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--revision")
+    parser.add_argument("--config")
+    parser.add_argument("-h", "--help", action="store_true")
+    arguments, _ = parser.parse_known_args(argv)
+    if arguments.help:
+        print(HELP, "\nSGLang's own options:\n", sep="", flush=True)
+    elif arguments.model_path is not None:
+        try:
+            look_up_model(arguments.model_path, arguments.revision)
+        except LookupError as error:
+            _exit(f"--model-path {arguments.model_path}: {error.args[0]}")
+    elif arguments.config is None:
+        _exit("which model? Give --model-path a folder or a name on the Hugging Face hub")
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"{PROG}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

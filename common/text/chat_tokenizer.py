@@ -1,0 +1,154 @@
+"""The text side of the pipeline: messages to token ids, with the model's own chat template.
+
+Knows nothing of Dynamo or HTTP. Rendering and encoding run in one thread of their own, off the event loop; one,
+because a Hugging Face tokenizer changes its own state while it encodes and must not be entered twice.
+"""
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import jinja2
+import tokenizers
+
+# A tokenizer needs no PyTorch; where there is none, transformers would warn of that on every start.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from common.errors import ContextLengthExceeded, InvalidRequest
+from common.openai.messages import Message
+from common.text.detokenizer import special_token_ids
+from common.text.token_bytes import token_bytes
+from common.text.tokenizer_identity import tokenizer_sha256
+from common.wire import EngineDescription
+
+logger = logging.getLogger(__name__)
+
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+class ChatTokenizer:
+    """One model's tokenizer and chat template.
+
+    context_length: tokens that prompt and answer share; may be set anew at any time. sampling_defaults: what the
+    model's generation_config.json recommends, under OpenAI's names. model: what an engine would say of the model.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model: EngineDescription,
+        sampling_defaults: dict[str, float | int] | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+        self.token_bytes = token_bytes(self.backend)
+        self.hidden_ids = special_token_ids(self.backend)
+        self.model = model
+        self.context_length = model.context_length
+        self.sampling_defaults = sampling_defaults or {}
+        self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
+        self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    @classmethod
+    def load(cls, model: str) -> "ChatTokenizer":
+        """From a folder or a hub name.
+
+        Raises:
+            OSError, ValueError: there is no such model, or it has no fast tokenizer or no chat template.
+        """
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if not tokenizer.is_fast:
+            raise ValueError(f"{model} has no fast tokenizer (tokenizer.json)")
+        if not tokenizer.chat_template:
+            raise ValueError(f"{model} has no chat template")
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        description = EngineDescription(
+            model,
+            context_length=getattr(config, "max_position_embeddings", 0) or 2048,
+            vocab_size=getattr(config, "vocab_size", len(tokenizer)),
+            tokenizer_sha256=tokenizer_sha256(model),
+        )
+        return cls(tokenizer, model=description, sampling_defaults=_sampling_defaults(model))
+
+    async def encode_chat(self, messages: list[Message]) -> list[int]:
+        """The prompt's token ids, ending where the assistant's answer begins.
+
+        Raises:
+            InvalidRequest: the template does not take these messages. ContextLengthExceeded: too many tokens.
+        """
+        conversation = [_for_template(message) for message in messages]
+        num_chars = sum(len(message["content"] or "") for message in conversation)
+        if num_chars > self.context_length * self._longest_token:  # not worth a tokenizer's time
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.context_length} tokens. Your messages have "
+                f"{num_chars} characters, which is more than {num_chars // self._longest_token} tokens.",
+                param="messages",
+            )
+        token_ids = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, conversation)
+        if len(token_ids) >= self.context_length:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.context_length} tokens, but your messages have "
+                f"{len(token_ids)} tokens and leave no room for an answer.",
+                param="messages",
+            )
+        return token_ids
+
+    def _encode(self, conversation: list[dict[str, Any]]) -> list[int]:
+        try:
+            # With tokenize=True the template alone decides on special tokens; encoding its text afterwards
+            # would add a second beginning-of-sequence token.
+            token_ids = self._tokenizer.apply_chat_template(
+                conversation, tokenize=True, add_generation_prompt=True, return_dict=False
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                f"The model's chat template does not take these messages: {error}.", param="messages"
+            ) from error
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            logger.warning("the chat template failed", exc_info=True)
+            raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
+        return cast("list[int]", token_ids)
+
+    def answer_budget(self, num_prompt_tokens: int, num_tokens_asked: int | None) -> int:
+        """How many tokens the answer may have: what was asked for, or all the room that the prompt leaves.
+
+        Raises:
+            ContextLengthExceeded: prompt and answer together do not fit.
+        """
+        room = self.context_length - num_prompt_tokens
+        if num_tokens_asked is not None and num_tokens_asked > room:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.context_length} tokens. You asked for "
+                f"{num_prompt_tokens + num_tokens_asked} tokens: {num_prompt_tokens} in the messages and "
+                f"{num_tokens_asked} in the answer.",
+                param="max_tokens",
+            )
+        return num_tokens_asked if num_tokens_asked is not None else room
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: text in one string, "developer" under its older name "system"."""
+    entry = message.model_dump(exclude_none=True)
+    content = message.content
+    if isinstance(content, list):
+        content = "\n".join(part.text for part in content)
+    entry["content"] = content if content is not None else ""
+    if entry["role"] == "developer":
+        entry["role"] = "system"
+    return entry
+
+
+def _sampling_defaults(model: str) -> dict[str, float | int]:
+    try:
+        config = GenerationConfig.from_pretrained(model).to_diff_dict()
+    except OSError:  # many models recommend nothing
+        return {}
+    return {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
