@@ -13,10 +13,9 @@ from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_
 async def generate(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
     if request.get("describe"):
         raise KeyError("token_ids")
-    number = 0
     try:
-        while True:
-            yield {"token_ids": [number := number + 1]}
+        for number in range(request["stop_conditions"]["max_tokens"]):
+            yield {"token_ids": [number]}
             await asyncio.sleep(0)
     finally:
         await asyncio.sleep(0.1)
