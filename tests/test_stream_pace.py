@@ -6,7 +6,14 @@ from collections.abc import AsyncIterator
 import pytest
 
 from common.sglang.output import Output
-from common.sglang.stream_pace import MAX_GAP_S, MAX_TOKENS_PER_ITEM, STREAMS_PER_TOKEN, StreamPace
+from common.sglang.stream_pace import (
+    ITEMS_PER_SECOND,
+    MAX_GAP_S,
+    MAX_ITEMS_PER_SECOND,
+    MAX_TOKENS_PER_ITEM,
+    STREAMS_PER_TOKEN,
+    StreamPace,
+)
 
 
 def output(num_tokens: int, *, is_last: bool = False) -> Output:
@@ -43,17 +50,33 @@ def test_one_stream_gets_every_token_as_it_is_made() -> None:
     assert pace_of(1, 0.005).tokens_per_item() == 1
 
 
-@pytest.mark.parametrize("num_streams", [200, 1000])
-def test_many_streams_share_the_items_but_none_waits_longer_than_the_gap(num_streams: int) -> None:
+@pytest.mark.parametrize(("num_streams", "gap_s"), [(8, 8 / ITEMS_PER_SECOND), (40, MAX_GAP_S), (170, MAX_GAP_S)])
+def test_many_streams_share_the_items_but_none_waits_longer_than_the_gap(num_streams: int, gap_s: float) -> None:
     pace = pace_of(num_streams, 0.005)
-    gap_s = pace.tokens_per_item() * pace.seconds_per_token
-    assert MAX_GAP_S <= gap_s < MAX_GAP_S + max(1, num_streams / STREAMS_PER_TOKEN) * pace.seconds_per_token
+    assert gap_s <= pace.tokens_per_item() * pace.seconds_per_token < gap_s + pace.seconds_per_token
 
 
-def test_an_overloaded_engine_cannot_mistake_its_own_slowness_for_the_models() -> None:
-    """Tokens that come slowly ask for small items, small items make tokens come slowly."""
-    pace = pace_of(256, 0.06, num_tokens=5)
-    assert pace.seconds_per_token > MAX_GAP_S
+def test_more_streams_than_can_be_carried_at_that_gap_wait_longer() -> None:
+    assert pace_of(500, 0.005).gap_s == 500 / MAX_ITEMS_PER_SECOND
+
+
+@pytest.mark.parametrize("num_streams", [200, 256, 512])
+def test_an_overload_does_not_last(num_streams: int) -> None:
+    """Where items limit the tokens, each round's speed asks for larger items than it had, until the model limits."""
+    carried_per_s, models_seconds_per_token = 5000, 0.004
+    tokens_per_item = 1
+    for _ in range(20):
+        slowed = num_streams / (carried_per_s * tokens_per_item)
+        pace = StreamPace()
+        pace.num_streams = num_streams
+        pace._measure(max(models_seconds_per_token, slowed) * 1000, 1000)
+        tokens_per_item = pace.tokens_per_item()
+    assert pace.seconds_per_token == pytest.approx(models_seconds_per_token)
+
+
+def test_tokens_slower_than_the_gap_still_share_an_item_where_there_are_many_streams() -> None:
+    pace = pace_of(256, 0.08, num_tokens=5)
+    assert pace.seconds_per_token > pace.gap_s
     assert pace.tokens_per_item() == 256 / STREAMS_PER_TOKEN
 
 

@@ -1,8 +1,9 @@
 """How often a stream sends something.
 
 Every item costs each of the three processes about as much as ten tokens do, so a busy engine puts several tokens
-into one. It is paced by time: a few streams get every token as it is made, and many streams share a budget of items
-a second, yet none waits longer than MAX_GAP_S for its next one. The first token always comes at once.
+into one. It is paced by time: a few streams get every token as it is made; more of them share a budget of items a
+second, as long as none waits longer than MAX_GAP_S for its next one; and beyond what the processes can carry at all,
+the gaps grow. The first token always comes at once.
 """
 
 import asyncio
@@ -12,10 +13,13 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from common.sglang.output import Output
 
 MAX_GAP_S = 0.05
-# What three processes pass on at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
+# What the processes pass on at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
 ITEMS_PER_SECOND = 800
+# What they carry at most is 5000 (an H100's machine, streaming to 256). Near that, tokens come as slowly as items do,
+# and the measured speed asks for items as small as they are: it has to ask for larger ones.
+MAX_ITEMS_PER_SECOND = 3500
 MAX_TOKENS_PER_ITEM = 64
-# Each token of up to this many streams may be an item of its own, however slow they are.
+# However slow they are: each token of up to this many streams may be an item of its own, of twice as many every second.
 STREAMS_PER_TOKEN = 64
 # How much of what was measured is kept with each item: the speed of the last few thousand tokens counts.
 _MEMORY = 0.998
@@ -38,12 +42,13 @@ class StreamPace:
     @property
     def gap_s(self) -> float:
         """The time between two items of one stream to aim at."""
-        return min(MAX_GAP_S, self.num_streams / ITEMS_PER_SECOND)
+        at_ease_s = self.num_streams / ITEMS_PER_SECOND
+        return max(min(MAX_GAP_S, at_ease_s), self.num_streams / MAX_ITEMS_PER_SECOND)
 
     def tokens_per_item(self) -> int:
         """SGLang's `stream_interval` for a stream that begins now."""
-        # Too many items slow everything down, the model's steps included, and tokens that come slowly ask for small
-        # items: without a least size that depends on nothing measured, an overloaded engine would stay so.
+        # The least size depends on nothing that was measured: a way out of an overload in which tokens take even
+        # longer than the gap.
         least = math.ceil(self.num_streams / STREAMS_PER_TOKEN)
         wanted = math.ceil(self.gap_s / self.seconds_per_token) if self.seconds_per_token else 1
         return min(MAX_TOKENS_PER_ITEM, max(1, least, wanted))
