@@ -9,6 +9,7 @@ of it; each request becomes one call of `async_generate`, and whoever stops wait
 import sys
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import uvloop
@@ -48,20 +49,22 @@ class RequestHandler:
                 raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
             record.num_prompt_tokens = len(engine_request.token_ids)
             record.is_streamed = engine_request.output_options.stream
-            async for output in self.engine.generate(
+            outputs = self.engine.generate(
                 engine_request.token_ids,
                 sglang_sampling_params(engine_request),
                 rid=rid,
                 output_options=engine_request.output_options,
-            ):
-                chunk = new_tokens(output, num_output_tokens_so_far)
-                num_output_tokens_so_far = len(output["output_ids"])
-                record.add_tokens(len(chunk.token_ids))
-                if context.is_stopped():
-                    break
-                if chunk.finish_reason is not None:
-                    record.finish(chunk.finish_reason, queue_time_s=output["meta_info"].get("queue_time"))
-                yield with_path(to_wire(chunk), record.path)
+            )
+            async with aclosing(outputs):  # leaving it early aborts the request
+                async for output in outputs:
+                    chunk = new_tokens(output, num_output_tokens_so_far)
+                    num_output_tokens_so_far = len(output["output_ids"])
+                    record.add_tokens(len(chunk.token_ids))
+                    if context.is_stopped():
+                        break
+                    if chunk.finish_reason is not None:
+                        record.finish(chunk.finish_reason, queue_time_s=output["meta_info"].get("queue_time"))
+                    yield with_path(to_wire(chunk), record.path)
 
 
 def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:

@@ -1,6 +1,8 @@
 """`sglang.Engine` as the engine script uses it: start, describe, generate, abort, shut down."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from common.errors import Aborted, InvalidRequest
@@ -61,7 +63,7 @@ class SGLangEngine:
         rid: str,
         output_options: OutputOptions,
     ) -> AsyncGenerator[Output, None]:
-        """SGLang's items for one request; one item for everything where nobody streams.
+        """SGLang's items for one request; one item for everything where nobody streams. Leaving early aborts it.
 
         Raises:
             InvalidRequest: SGLang does not take these parameters.
@@ -77,15 +79,22 @@ class SGLangEngine:
             "return_logprob": output_options.logprobs is not None,
             "top_logprobs_num": output_options.logprobs or 0,
         }
+        loop, is_complete = asyncio.get_running_loop(), False
         try:
             response = await self._engine.async_generate(**call)
             if not output_options.stream:
+                is_complete = True
                 yield _checked(response)
                 return
             async for output in self._pace.paced(response):
                 yield _checked(output)
+            is_complete = True
         except ValueError as error:
             raise InvalidRequest(f"The engine does not take this request: {error}.") from error
+        finally:
+            if not is_complete:
+                with suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self.abort, rid)  # Dynamo may drop a stream in a thread of its own
 
     def abort(self, rid: str) -> None:
         self._tokenizer_manager.abort_request(rid=rid)
