@@ -389,9 +389,10 @@ class TestWithTheModel:
     def test_the_three_commands_are_what_the_tests_start(self, pipeline: Pipeline) -> None:
         commands = {process.name: process.command for process in pipeline.processes}
         for script in ("engine.py", "processor.py", "frontend.py"):
-            port = ["--port", str(pipeline.http_port)] if script == "frontend.py" else []
+            is_frontend = script == "frontend.py"
+            address = ["--host", pipeline.address, "--port", str(pipeline.http_port)] if is_frontend else []
             typed = block(README, f"python {script}").command.split()
-            assert [*typed[1:], *port] == list(commands[script][1:])
+            assert [*typed[1:], *address] == list(commands[script][1:])
 
     def test_curl_gets_the_answer_of_the_page(self, pipeline: Pipeline) -> None:
         asking = block(README, "curl -X POST")
