@@ -40,6 +40,11 @@ class Key:
         return ", ".join([*parts, "streaming" if self.is_stream else "whole"])
 
 
+def title(peer: str) -> str:
+    """A variant of an earlier run has only its name."""
+    return PEERS[peer].title if peer in PEERS else peer
+
+
 def medians(done: Iterable[Measures]) -> dict[Key, tuple[Measures, float]]:
     """The median round of each peer under each load, and the spread of the rounds."""
     rounds: dict[Key, list[Measures]] = {}
@@ -58,7 +63,7 @@ def markdown(done: Sequence[Measures]) -> str:
     for key, (measured, deviation) in medians(done).items():
         columns = [
             key.load,
-            PEERS[measured.peer].title,
+            title(measured.peer),
             f"{measured.tokens_per_s:,.0f} ± {deviation:.0%}",
             f"{measured.requests_per_s:.1f}",
             f"{measured.latency_p50:.0f} / {measured.latency_p99:.0f}",
