@@ -129,7 +129,8 @@ import torch.distributed as group
 group.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 number = torch.tensor([10 + int(sys.argv[2])])
 group.all_reduce(number)
-print(number.item())
+print(number.item(), flush=True)
+group.destroy_process_group()
 """
 
 
