@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import MODEL, ROOT, Infra, Pipeline
+from tests.processes import MODEL, ROOT, Infra, Pipeline, running
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,16 @@ def own_infra(tmp_path: Path) -> Iterator[Infra]:
         yield servers.start()
     finally:
         servers.stop()
+
+
+@pytest.fixture
+def own_scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
+    """A frontend and a processor of one test's own, to be harmed; engines are the test's to start."""
+    pipeline = Pipeline(own_infra, tmp_path / "scripts")
+    with running(pipeline):
+        pipeline.frontend()
+        pipeline.processor()
+        yield pipeline
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,14 @@
 
 import asyncio
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from common.dynamo.cancellation import when_stopped
 from common.dynamo.runtime import Context
-from tests.processes import Infra, Pipeline, running, wait_until
+from tests.processes import Pipeline, wait_until
 from tests.raw_http import open_request
 
 NUM_ABANDONED = 20
@@ -54,25 +52,16 @@ def test_requests_that_come_and_go_while_others_are_looked_at_stop_nothing() -> 
     assert stopped == ["first", "second", "new", "new"]
 
 
-@pytest.fixture
-def scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
-    pipeline = Pipeline(own_infra, tmp_path / "scripts")
-    with running(pipeline):
-        pipeline.frontend()
-        pipeline.processor()
-        yield pipeline
-
-
 @pytest.mark.process
-def test_abandoned_handlers_are_closed_on_the_loop_and_hold_up_no_stop(scripts: Pipeline) -> None:
+def test_abandoned_handlers_are_closed_on_the_loop_and_hold_up_no_stop(own_scripts: Pipeline) -> None:
     """A handler may wait for something in its last moments, though Dynamo drops its stream in a thread of its own."""
-    worker = scripts.script("tests/slow_farewell.py", env={"DYN_CHAT_DRAIN_TIMEOUT_S": "5"})
-    scripts.wait_ready()
+    worker = own_scripts.script("tests/slow_farewell.py", env={"DYN_CHAT_DRAIN_TIMEOUT_S": "5"})
+    own_scripts.wait_ready()
     for _ in range(NUM_ABANDONED):
-        with open_request(scripts, max_tokens=8000, stream=True) as client:
+        with open_request(own_scripts, max_tokens=8000, stream=True) as client:
             assert client.recv(1000)
     wait_until(lambda: worker.log.count("closed ") >= NUM_ABANDONED - NUM_LOST, 20, "the handlers to end")
-    for process in (worker, scripts.processes[1]):
+    for process in (worker, own_scripts.processes[1]):
         assert process.terminate() == 0
         (num_left,) = re.findall(r"finishing (\d+) requests", process.log)
         assert int(num_left) <= NUM_LOST

@@ -6,19 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.processes import DYNAMO, MODEL, ROOT, Infra, Pipeline, running, wait_until
+from tests.load import chat
+from tests.processes import DYNAMO, ROOT, Pipeline, wait_until
 
 pytestmark = pytest.mark.process
 
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 20}
 
 IS_0_5, IS_1 = DYNAMO.startswith("0.5."), DYNAMO.startswith("1.")
 
@@ -76,53 +73,40 @@ def test_failed_and_stopped_calls() -> None:
     }
 
 
-@pytest.fixture
-def scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
-    pipeline = Pipeline(own_infra, tmp_path / "scripts")
-    with running(pipeline):
-        pipeline.frontend()
-        pipeline.processor()
-        yield pipeline
-
-
-def chat(pipeline: Pipeline, **fields: object) -> httpx.Response:
-    return httpx.post(f"{pipeline.url}/v1/chat/completions", json=CHAT | fields, timeout=60)
-
-
-def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(scripts: Pipeline) -> None:
-    engine = scripts.fake_engine("--token-interval-ms", "50")
-    scripts.wait_ready()
+def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(own_scripts: Pipeline) -> None:
+    engine = own_scripts.fake_engine("--token-interval-ms", "50")
+    own_scripts.wait_ready()
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(chat, scripts, max_tokens=100)
+        answer = thread.submit(chat, own_scripts, max_tokens=100)
         wait_until(lambda: "running 1" in engine.log, 20, "a request in work")
         engine.running.send_signal(signal.SIGTERM)
         wait_until(lambda: "stopping" in engine.log, 5, "the stop")
         time.sleep(1)  # the answer takes five
-        is_registered = any("engine" in key for key in scripts.infra.instance_keys())
+        is_registered = any("engine" in key for key in own_scripts.infra.instance_keys())
         assert engine.is_alive
-        other = scripts.fake_engine()
+        other = own_scripts.fake_engine()
         wait_until(lambda: "serving" in other.log, 20, "another engine")
-        assert chat(scripts).status_code == 200
+        assert chat(own_scripts).status_code == 200
         assert not answer.done()
         assert engine.log.count("running 1") == 1
         assert answer.result().json()["usage"]["completion_tokens"] == 100
     assert is_registered is IS_0_5
     assert engine.running.wait(20) == 0
-    assert sum("engine" in key for key in scripts.infra.instance_keys()) == 1
+    assert sum("engine" in key for key in own_scripts.infra.instance_keys()) == 1
 
 
-def test_an_engine_that_missed_a_request_is_asked_again(scripts: Pipeline) -> None:
+def test_an_engine_that_missed_a_request_is_asked_again(own_scripts: Pipeline) -> None:
     """0.5 would never again call an instance that once was not there, though it is back."""
-    engine = scripts.fake_engine()
-    scripts.wait_ready()
-    assert chat(scripts).status_code == 200
+    engine = own_scripts.fake_engine()
+    own_scripts.wait_ready()
+    assert chat(own_scripts).status_code == 200
     engine.running.send_signal(signal.SIGSTOP)
     try:
-        scripts.infra.nats.kill()
-        scripts.infra.nats.start()
+        own_scripts.infra.nats.kill()
+        own_scripts.infra.nats.start()
         with ThreadPoolExecutor(1) as thread:
-            answer = thread.submit(chat, scripts)
-            wait_until(lambda: "failed: " in scripts.processes[1].log, 20, "a call that nobody takes")
+            answer = thread.submit(chat, own_scripts)
+            wait_until(lambda: "failed: " in own_scripts.processes[1].log, 20, "a call that nobody takes")
             engine.running.send_signal(signal.SIGCONT)
             assert answer.result().status_code == 200
     finally:
@@ -130,15 +114,15 @@ def test_an_engine_that_missed_a_request_is_asked_again(scripts: Pipeline) -> No
 
 
 @pytest.mark.skipif(not IS_0_5, reason="tests/test_faults.py: other releases live through an outage")
-def test_the_loss_of_etcd_ends_each_script_with_one_line(scripts: Pipeline) -> None:
-    scripts.fake_engine()
-    scripts.wait_ready()
-    scripts.infra.etcd.kill()
-    scripts.infra.etcd.start()
-    for process in scripts.processes:
+def test_the_loss_of_etcd_ends_each_script_with_one_line(own_scripts: Pipeline) -> None:
+    own_scripts.fake_engine()
+    own_scripts.wait_ready()
+    own_scripts.infra.etcd.kill()
+    own_scripts.infra.etcd.start()
+    for process in own_scripts.processes:
         assert process.running.wait(20) == 1
         assert process.log.splitlines()[-1].startswith("error: ")
         assert "start it again" in process.log.splitlines()[-1]
         process.start()
-    scripts.wait_ready()
-    assert chat(scripts).status_code == 200
+    own_scripts.wait_ready()
+    assert chat(own_scripts).status_code == 200

@@ -17,21 +17,16 @@ from tests.raw_http import open_request
 pytestmark = pytest.mark.process
 
 
-def frontend_and_processor(infra: Infra, folder: Path) -> Pipeline:
-    pipeline = Pipeline(infra, folder)
-    pipeline.frontend()
-    pipeline.processor()
-    return pipeline
-
-
 @pytest.fixture(scope="module")
 def survivors(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """One frontend and one processor that see all faults of this module."""
     folder = tmp_path_factory.mktemp("faults")
     infra = Infra(folder / "infra")
     with running(infra.start()):
-        pipeline = frontend_and_processor(infra, folder / "scripts")
+        pipeline = Pipeline(infra, folder / "scripts")
         with running(pipeline):
+            pipeline.frontend()
+            pipeline.processor()
             yield pipeline
 
 
@@ -47,14 +42,6 @@ def scripts(survivors: Pipeline) -> Iterator[Pipeline]:
         survivors.stop_all_but(2)
         for key in survivors.infra.instance_keys("engine/generate"):
             survivors.infra.etcdctl("del", key)  # of a killed one; its lease would end in 10 s
-
-
-@pytest.fixture
-def own_scripts(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
-    """A frontend and a processor that the test stops."""
-    pipeline = frontend_and_processor(own_infra, tmp_path / "scripts")
-    with running(pipeline):
-        yield pipeline
 
 
 def streamed_text(
