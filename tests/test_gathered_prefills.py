@@ -104,6 +104,15 @@ def test_when_the_last_stream_has_ended_nobody_waits(gathering: Gathering, clock
     assert gathering.is_time(None, somebody)
 
 
+def test_the_time_that_an_engine_idled_is_no_interruption(gathering: Gathering, clock: Clock) -> None:
+    assert gathering.is_time(None, somebody)
+    gathering.taken()  # somebody who wanted one token, so that no decoding followed
+    assert gathering.is_time(None, nobody)
+    clock.now_s += 100
+    assert not gathering.is_time(batch(64), nobody)
+    assert waited_s(gathering, clock, 64) == 0
+
+
 class Socket:
     """Holds requests until they are pulled."""
 

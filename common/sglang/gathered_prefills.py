@@ -34,7 +34,7 @@ class Gathering:
         """May newcomers be taken now? last_batch: SGLang's ScheduleBatch of the last step, None where it idles."""
         now = self._clock()
         if last_batch is None:
-            self._num_streams = 0
+            self._num_streams, self._taken_at = 0, None  # whoever was taken in last, interrupted nobody
         elif last_batch.forward_mode.is_decode():  # a prefill's batch does not tell how many streams it stopped
             self._num_streams = last_batch.batch_size()
             if self._taken_at is not None:
