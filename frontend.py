@@ -144,7 +144,7 @@ def create_app(processor_client: Client, engine_client: Client, args: FrontendAr
     processor = FailoverClient(processor_client, metrics.calls_of(processor_client), wait_s=args.processor_wait_s)
     handler = RequestHandler(processor, models, args)
     app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
-    app.add_api_route("/v1/chat/completions", handler.chat_completions, methods=["POST"])
+    app.add_route("/v1/chat/completions", handler.chat_completions, methods=["POST"])
     install_error_handlers(app)
     install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
     if args.is_page_served:

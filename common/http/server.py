@@ -53,6 +53,7 @@ async def serve_http(
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=int(DRAIN_TIMEOUT_S),
     )

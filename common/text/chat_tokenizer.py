@@ -1,7 +1,7 @@
 """The text side of the pipeline: messages to token ids, with the model's own chat template.
 
-Knows nothing of Dynamo or HTTP. Rendering and encoding run in one thread of their own, off the event loop; one,
-because a Hugging Face tokenizer changes its own state while it encodes and must not be entered twice.
+Knows nothing of Dynamo or HTTP. Long conversations are rendered and encoded in a thread of their own, off the event
+loop; short ones take less time than it would take to hand them to another thread and back.
 """
 
 import asyncio
@@ -26,6 +26,8 @@ from common.wire import EngineDescription
 
 logger = logging.getLogger(__name__)
 
+# A short conversation: encoding it takes 0.2 ms (English) to 1 ms (digits), and handing it over 0.2 ms or more.
+SHORT_CHARACTERS, SHORT_MESSAGES = 1000, 20
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -45,6 +47,8 @@ class ChatTokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
         self.token_bytes = token_bytes(self.backend)
         self.hidden_ids = special_token_ids(self.backend)
         self.model = model
@@ -89,7 +93,10 @@ class ChatTokenizer:
                 f"{num_chars} characters, which is more than {num_chars // self._longest_token} tokens.",
                 param="messages",
             )
-        token_ids = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, conversation)
+        if num_chars <= SHORT_CHARACTERS and len(conversation) <= SHORT_MESSAGES:
+            token_ids = self._encode(conversation)
+        else:
+            token_ids = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, conversation)
         if len(token_ids) >= self.context_length:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.context_length} tokens, but your messages have "
@@ -100,11 +107,10 @@ class ChatTokenizer:
 
     def _encode(self, conversation: list[dict[str, Any]]) -> list[int]:
         try:
-            # With tokenize=True the template alone decides on special tokens; encoding its text afterwards
-            # would add a second beginning-of-sequence token.
-            token_ids = self._tokenizer.apply_chat_template(
-                conversation, tokenize=True, add_generation_prompt=True, return_dict=False
-            )
+            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
+            # this leaves out, compared with `tokenize=True` above, are the characters' offsets.
+            (encoding,) = self.backend.encode_batch_fast([cast("str", text)], add_special_tokens=False)
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template does not take these messages: {error}.", param="messages"
@@ -112,7 +118,8 @@ class ChatTokenizer:
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             logger.warning("the chat template failed", exc_info=True)
             raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
-        return cast("list[int]", token_ids)
+        token_ids: list[int] = encoding.ids
+        return token_ids
 
     def answer_budget(self, num_prompt_tokens: int, num_tokens_asked: int | None) -> int:
         """How many tokens the answer may have: what was asked for, or all the room that the prompt leaves.
