@@ -156,6 +156,17 @@ class OursScaled(Ours):
             self.child(f"frontend{number}", script("frontend.py", "--port", str(self.port), "--share-port"), **env)
 
 
+class OursPinned(OursScaled):
+    """Each of those processes on a CPU of its own."""
+
+    name, title = "pinned", f"{OursScaled.title}, each on one CPU"
+
+    def child(self, name: str, command: Sequence[str], **env: str) -> Child:
+        if name not in ("nats", "etcd"):
+            env["DYN_CHAT_CPUS"] = str(len(self.children) % (psutil.cpu_count() or 1))
+        return super().child(name, command, **env)
+
+
 class Variant(OursScaled):
     """Ours scaled, with other environment variables or engine flags: to see what they change, in one run."""
 
@@ -269,5 +280,8 @@ class Instant(Peer):
 
 
 PEERS: dict[str, type[Peer]] = {
-    peer.name: peer for peer in (EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, Instant)
-}
+    peer.name: peer
+    for peer in (
+        EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, OursPinned, Instant,
+    )
+}  # fmt: skip

@@ -6,12 +6,15 @@ from concurrent.futures import Executor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import psutil
+
 from bench.load import Load
 from bench.measures import Measures, measures
 from bench.peers import Peer
 from bench.processes import frozen
 
 _PROMPTS_PER_LOAD = 1_000_000
+_ENOUGH_CPUS = 12
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class Case:
 class Measuring:
     """Runs cases on peers in turn, so that each round sees all peers under the same conditions.
 
-    Only one peer's SGLang runs at a time: the schedulers of the others are frozen.
+    Only one peer's SGLang runs at a time: the schedulers of the others are frozen. Where there are CPUs enough they
+    share one, the last: on rented machines one CPU may be a third faster than another, for as long as a run lasts.
     """
 
     def __init__(self, peers: Sequence[Peer], executor: Executor, report: Callable[[Measures], None]) -> None:
         self._peers, self._executor, self._report = peers, executor, report
         self._num_loads = 0
+        if (num_cpus := psutil.cpu_count() or 1) >= _ENOUGH_CPUS:
+            for scheduler in (process for peer in peers for process in peer.schedulers()):
+                scheduler.cpu_affinity([num_cpus - 1])  # its main thread, which never sleeps
 
     def run(self, cases: Sequence[Case], *, num_rounds: int, until: float) -> None:
         """until: a time of `time.monotonic` after which nothing new is started."""

@@ -13,4 +13,5 @@ environment:
   DYN_TCP_RESPONSE_STREAM_HOST
                      the network interface on which answers come back to this process (default lo, this machine;
                      empty for that of the default route); DYN_TCP_RESPONSE_STREAM_PORT
+  DYN_CHAT_CPUS      the CPUs for this process, such as 3 or 2-3 (default: any; SGLang's own processes are left alone)
 """

@@ -18,6 +18,7 @@ from typing import Any, Concatenate, ParamSpec
 
 from common.dynamo import releases
 from common.dynamo.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
+from common.dynamo.cpus import chosen_cpus, stay_on
 from common.dynamo.dead_peers import detect_dead_peers
 from common.dynamo.releases import Context
 from common.dynamo.response_address import VARIABLE, is_out_of_reach
@@ -239,6 +240,8 @@ def dynamo_worker(
     if static:
         raise ValueError("static=True would mean running without etcd; this pipeline discovers its parts there")
 
+    cpus = chosen_cpus()
+
     def decorate(worker: Callable[Concatenate[DistributedRuntime, P], Running]) -> Callable[P, Running]:
         @functools.wraps(worker)
         async def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -247,6 +250,8 @@ def dynamo_worker(
             async def connect_and_work() -> None:
                 await runtime.connect()
                 _tune_interpreter()
+                if cpus:
+                    stay_on(cpus)
                 await worker(runtime, *args, **kwargs)
 
             runtime.worker_task = asyncio.ensure_future(connect_and_work())

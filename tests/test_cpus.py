@@ -1,0 +1,79 @@
+"""DYN_CHAT_CPUS: which CPUs a process runs on."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from common.dynamo.cpus import VARIABLE, chosen_cpus
+from tests.processes import ROOT, Infra, Pipeline, running
+
+ALLOWED = sorted(os.sched_getaffinity(0))
+FIRST = ALLOWED[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [
+        ("", set()),
+        (f"{FIRST}", {FIRST}),
+        (f" {FIRST} , {FIRST}-{FIRST} ", {FIRST}),
+        (f"{ALLOWED[0]}-{ALLOWED[-1]}", None),
+    ],
+)
+def test_numbers_and_ranges(monkeypatch: pytest.MonkeyPatch, text: str, cpus: set[int] | None) -> None:
+    monkeypatch.setenv(VARIABLE, text)
+    assert chosen_cpus() == (set(range(ALLOWED[0], ALLOWED[-1] + 1)) if cpus is None else cpus)
+
+
+@pytest.mark.parametrize("text", ["two", "1;2", "-1", "3-", ",", "5-4", "9999"])
+def test_anything_else_ends_the_script_at_once(text: str) -> None:
+    script = subprocess.run(
+        [sys.executable, "frontend.py"], cwd=ROOT, env=os.environ | {VARIABLE: text}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert script.returncode == 1
+    assert re.fullmatch(rf"error: {VARIABLE}={text}: .+\.\n", script.stderr)
+
+
+def test_threads_stay_and_children_do_not() -> None:
+    source = f"""
+import os, subprocess, sys, threading
+from common.dynamo.cpus import stay_on
+child = subprocess.Popen(["sleep", "60"])
+gate = threading.Event()
+thread = threading.Thread(target=gate.wait)
+thread.start()
+stay_on({{{FIRST}}})
+later = threading.Thread(target=gate.wait)
+later.start()
+print([os.sched_getaffinity(each.native_id) for each in (threading.main_thread(), thread, later)])
+print(sorted(os.sched_getaffinity(child.pid)))
+gate.set()
+child.kill()
+"""
+    script = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert script.stdout.splitlines() == [str([{FIRST}] * 3), str(ALLOWED)]
+
+
+@pytest.mark.process
+def test_a_pipeline_on_one_cpu_answers(own_infra: Infra, tmp_path: Path, embedded_model: str) -> None:
+    pipeline = Pipeline(own_infra, tmp_path / "scripts", env={VARIABLE: str(FIRST)})
+    with running(pipeline):
+        for process in (pipeline.fake_engine(), pipeline.processor(), pipeline.frontend()):
+            assert process.popen is not None
+        pipeline.wait_ready()
+        request = {"model": embedded_model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
+        answer = httpx.post(f"{pipeline.url}/v1/chat/completions", json=request, timeout=60)
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 5
+        for process in pipeline.processes:
+            assert process.popen is not None
+            threads = os.listdir(f"/proc/{process.popen.pid}/task")
+            assert [os.sched_getaffinity(int(thread)) for thread in threads] == [{FIRST}] * len(threads)
