@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from bench import plan
 from bench.hops import POINTS, hops
 from bench.http_client import Reply
-from tests.processes import ROOT
+from bench.peers import Instant, Setting
+from tests.processes import ROOT, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -73,3 +76,24 @@ def test_hops_are_the_times_between_the_points_that_a_request_passed() -> None:
 def test_a_request_that_was_not_seen_somewhere_is_an_error() -> None:
     with pytest.raises(ValueError, match="not seen at: frontend has the headers"):
         hops([Reply(sent_at=1.0, first_content_at=2.0)], [(1.5, point) for point in POINTS[2:-1]])
+
+
+def test_schedulers_of_all_peers_share_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are CPUs enough; everything else stays where it is."""
+    allowed = psutil.Process().cpu_affinity()
+    monkeypatch.setattr(plan, "_ENOUGH_CPUS", 1)
+    peers = [Instant(Setting("", tmp_path / str(number))) for number in range(2)]
+    tell_and_wait = "import sys, time; print(flush=True); time.sleep(60)"
+    wait_for_child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {tell_and_wait!r}, 'scheduler'])"
+    try:
+        for peer in peers:
+            peer.child("server", [sys.executable, "-c", wait_for_child])
+            wait_until(lambda peer=peer: bool(peer.schedulers()), 20, "a scheduler")  # type: ignore[misc]
+        plan.Measuring(peers, executor=None, report=print)  # type: ignore[arg-type]
+        for peer in peers:
+            (scheduler,) = peer.schedulers()
+            assert scheduler.cpu_affinity() == [(psutil.cpu_count() or 1) - 1]
+            assert psutil.Process(peer.children[0].popen.pid).cpu_affinity() == allowed
+    finally:
+        for peer in peers:
+            peer.stop()
