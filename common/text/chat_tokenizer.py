@@ -15,6 +15,8 @@ import tokenizers
 
 # A tokenizer needs no PyTorch; where there is none, transformers would warn of that on every start.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# One conversation at a time: a pool of threads would only be handed it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.errors import ContextLengthExceeded, InvalidRequest
