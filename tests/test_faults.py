@@ -220,7 +220,9 @@ def test_the_pipeline_lives_through_an_outage(scripts: Pipeline, server: str, ou
             some.wait_for(20)
     outcomes = load.outcomes + streams.outcomes
     assert set(outcomes) <= {"200", "503 unavailable"}
-    assert max(load.slowest_s, streams.slowest_s) < 45
+    # A worker may have taken a request just before: its own call runs out of time first (10 s), then 30 s of patience
+    # begin, and the last try of those takes up to 10 s, too.
+    assert max(load.slowest_s, streams.slowest_s) < 55
     assert [process.pid for process in scripts.processes] == pids
     assert all(process.is_alive for process in scripts.processes)
     normal_s = max(some.disturbed_s(back) for some in (load, streams))
