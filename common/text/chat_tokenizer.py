@@ -111,7 +111,7 @@ class ChatTokenizer:
         try:
             text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
             # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
-            # this leaves out, compared with `tokenize=True` above, are the characters' offsets.
+            # transformers' own `tokenize=True` does beyond this is to note the characters' offsets.
             (encoding,) = self.backend.encode_batch_fast([cast("str", text)], add_special_tokens=False)
         except jinja2.TemplateError as error:
             raise InvalidRequest(
