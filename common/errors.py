@@ -29,8 +29,13 @@ from typing import Any, ClassVar
 logger = logging.getLogger(__name__)
 
 
+def _without_middle(text: str, max_characters: int) -> str:
+    half = max_characters // 2
+    return text if len(text) <= max_characters else f"{text[:half]}...{text[-half:]}"
+
+
 class PipelineError(Exception):
-    """An error with a message that the client may read."""
+    """An error with a message that the client may read: 400 characters of it, since it may repeat the client's own."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -38,9 +43,9 @@ class PipelineError(Exception):
     retry_after_s: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = _without_middle(message, 400)
+        super().__init__(self.message)
+        self.param = param and _without_middle(param, 200)
 
     @property
     def outcome(self) -> str:

@@ -166,6 +166,23 @@ def test_a_body_above_the_limit_is_a_413(fake_client: httpx.Client) -> None:
     assert "900000" in error["message"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        CHAT | {"model": "m" * 800_000},
+        CHAT | {"f" * 800_000: 1},
+        CHAT | {"messages": [{"role": "r" * 800_000, "content": "hi"}]},
+        CHAT | {"logit_bias": {"b" * 800_000: "x"}},
+    ],
+    ids=lambda body: str(body)[:40],
+)
+def test_an_error_repeats_little_of_what_was_sent(fake_client: httpx.Client, body: dict[str, Any]) -> None:
+    response = fake_client.post("/v1/chat/completions", json=body)
+    assert response.status_code in (400, 404)
+    assert len(error_of(response, response.status_code)["message"]) <= 403
+    assert len(response.content) < 1000
+
+
 def test_wrong_paths_and_methods_have_the_same_envelope(fake_client: httpx.Client) -> None:
     error_of(fake_client.get("/v1/nothing"), 404)
     response = fake_client.get("/v1/chat/completions")

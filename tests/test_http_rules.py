@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from common.http.frontend_args import FrontendArgs
+from common.http.frontend_args import FrontendArgs, parse_frontend_args
 from common.observability.metrics import Metrics
 from frontend import create_app
 from tests.frontends import frontend_beside
@@ -326,10 +326,24 @@ def test_other_methods_are_told_which_ones_there_are(fake_client: httpx.Client, 
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1", "/v1/", "/v1/chat/completions/", "//v1/models", "/V1/models", "/v1/completions"]
+    "path", ["/v1", "/v1/", "/v1/chat/completions//", "//v1/models", "/V1/models", "/v1/completions"]
 )
 def test_there_is_nothing_beside_the_routes(fake_client: httpx.Client, path: str) -> None:
     error_of(fake_client.get(path), 404)
+
+
+def test_a_slash_at_the_end_changes_nothing(keyed: Pipeline) -> None:
+    assert httpx.post(f"{keyed.url}{CHAT_PATH}/", json=CHAT, headers=bearer(KEYS[0])).status_code == 200
+    error_of(httpx.post(f"{keyed.url}{CHAT_PATH}/", json=CHAT), 401)
+    error_of(httpx.get(f"{keyed.url}{CHAT_PATH}/", headers=bearer(KEYS[0])), 405)
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "http", ""])
+def test_a_port_that_is_none_is_a_usage_error(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_frontend_args([f"--port={port}"])
+    assert ended.value.code == 2
+    assert "argument --port: must be a port" in capsys.readouterr().err
 
 
 def test_a_client_that_goes_away_is_no_error_in_the_log(fake_pipeline: Pipeline, tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     return parse
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError("must be a port, a number from 0 (any free one) to 65535")
+    return int(text)
+
+
 def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
     default = FrontendArgs()
     parser = argparse.ArgumentParser(
@@ -50,7 +56,7 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         parser.add_argument(flag, type=_positive(kind), default=value, metavar="N", help=f"{text} (default: {value})")
 
     parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=default.port, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=default.port, help="port to listen on (default: %(default)s)")
     parser.add_argument(
         "--share-port",
         action="store_true",

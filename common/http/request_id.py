@@ -37,6 +37,8 @@ class RequestId:
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _SANE.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
+        if scope["path"] == f"{CHAT_PATH}/":
+            scope["path"] = CHAT_PATH
         is_chat = scope["path"] == CHAT_PATH and scope["method"] == "POST"
         answered = self._chat if is_chat else self._anything_else
         await answered(request_id, scope, receive, send)
