@@ -201,7 +201,7 @@ async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: Ch
         resume=remaining_request,
         wait_s=args.engine_wait_s,
         among=engines.fitting,
-        misfit=f"Those that run have another tokenizer than {tokenizer.model.model}.",
+        misfit=f"Those that run have another tokenizer than {tokenizer.model.model}, or have not said which.",
     )
 
     component = runtime.namespace("inference").component("processor")

@@ -70,7 +70,8 @@ def test_with_no_fitting_engine_the_answer_says_so_and_the_next_one_that_fits_is
     refused = chat(scripts)
     assert refused.status_code == 503
     assert refused.json()["error"]["message"] == (
-        f"No instance of inference/engine/generate is available. Those that run have another tokenizer than {MODEL}."
+        f"No instance of inference/engine/generate is available. Those that run have another tokenizer than {MODEL}, "
+        "or have not said which."
     )
     start(scripts, engines=2)
     assert [chat(scripts).status_code for _ in range(4)] == [200] * 4

@@ -28,6 +28,8 @@ class Chunk:
 class DyingInstance:
     """Instance 1 has taken "slow", and its first word is on the way when a call of "quick" finds nobody there."""
 
+    generation = 1
+
     def __init__(self) -> None:
         self.is_slow_taken, self.is_dead = asyncio.Event(), asyncio.Event()
 
@@ -55,6 +57,8 @@ class DyingInstance:
 
 class GoneButListed:
     """An instance that etcd still lists, as it does while etcd itself is away, until another one comes."""
+
+    generation = 1
 
     def __init__(self) -> None:
         self.num_calls = 0

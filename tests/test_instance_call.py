@@ -15,7 +15,7 @@ async def nothing() -> None:
 def test_giving_up_ends_the_waiting_and_stops_the_worker() -> None:
     async def scenario() -> None:
         context = Context()
-        call = InstanceCall(context)
+        call = InstanceCall(context, generation=1)
         asyncio.get_running_loop().call_soon(call.give_up, "it is gone")
         async with asyncio.timeout(5):
             with pytest.raises(InstanceFailed, match="it is gone"):
@@ -27,7 +27,7 @@ def test_giving_up_ends_the_waiting_and_stops_the_worker() -> None:
 
 def test_a_call_that_was_given_up_between_two_dicts_waits_for_none() -> None:
     async def scenario() -> None:
-        call = InstanceCall(Context())
+        call = InstanceCall(Context(), generation=1)
         assert await call.wait_for(asyncio.sleep(0, "first")) == "first"
         call.give_up("it is gone")
         async with asyncio.timeout(5):
@@ -40,7 +40,7 @@ def test_a_call_that_was_given_up_between_two_dicts_waits_for_none() -> None:
 @pytest.mark.parametrize("is_given_up", [False, True])
 def test_who_is_cancelled_itself_is_cancelled(is_given_up: bool) -> None:
     async def scenario() -> None:
-        call = InstanceCall(Context())
+        call = InstanceCall(Context(), generation=1)
         waiting = asyncio.create_task(call.wait_for(nothing()))
         await asyncio.sleep(0)
         waiting.cancel()
@@ -57,7 +57,7 @@ def test_the_end_of_a_stream_and_its_errors_arrive_as_they_are() -> None:
         raise StopAsyncIteration
 
     async def scenario() -> None:
-        call = InstanceCall(Context())
+        call = InstanceCall(Context(), generation=1)
         with pytest.raises(StopAsyncIteration):
             await call.wait_for(items())
 

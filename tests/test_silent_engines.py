@@ -15,14 +15,14 @@ from tests.test_faults import chat, streamed_text
 
 pytestmark = pytest.mark.process
 
-DRAIN_S = 6
+SILENT_S = 8  # longer than one without a lease may be
 
 
 @pytest.fixture
 def scripts(tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
-    """Two engines that are given six seconds to finish what they are answering."""
+    """Two engines that say nothing of a whole answer until it is there."""
     infra = Infra(tmp_path / "infra")
-    pipeline = Pipeline(infra, tmp_path / "scripts", env={"DYN_CHAT_DRAIN_TIMEOUT_S": str(DRAIN_S)})
+    pipeline = Pipeline(infra, tmp_path / "scripts")
     with running(infra.start()), running(pipeline):
         pipeline.frontend()
         pipeline.processor()
@@ -41,7 +41,7 @@ def busy_and_idle(pipeline: Pipeline) -> list[Process]:
 
 def test_an_engine_that_drains_is_left_to_finish_a_silent_answer(scripts: Pipeline) -> None:
     with ThreadPoolExecutor(1) as thread:
-        answer = thread.submit(chat, scripts, max_tokens=int((DRAIN_S - 1) / 0.05))
+        answer = thread.submit(chat, scripts, max_tokens=int(SILENT_S / 0.05))
         draining, other = busy_and_idle(scripts)
         assert draining.terminate() == 0
         assert answer.result(30).status_code == 200
@@ -63,14 +63,13 @@ def test_the_calls_of_an_engine_that_hangs_go_on_elsewhere(scripts: Pipeline) ->
         os.killpg(hanging.pid, signal.SIGSTOP)
         started = time.monotonic()
         try:
+            given_up_s = wait_until(lambda: "its lease has ended" in scripts.processes[1].log, 20, "the calls' end")
             assert [stream.result(90) for stream in streams] == [expected] * 2
             assert [whole.result(90).json()["choices"][0]["message"]["content"] for whole in wholes] == [expected] * 2
             took_s = time.monotonic() - started
         finally:
             os.killpg(hanging.pid, signal.SIGCONT)
-    print(f"all complete {took_s:.1f} s after it hung")
-    assert took_s < 10 + DRAIN_S + 5 + 15
-    assert "it left etcd and has said nothing for 11 s" in scripts.processes[1].log
+    print(f"given up {given_up_s:.1f} s after it hung, all complete after {took_s:.1f} s")
 
 
 def test_an_answer_that_took_longer_than_one_waits_for_an_engine_still_goes_on_elsewhere(

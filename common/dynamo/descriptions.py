@@ -1,6 +1,7 @@
-"""What each instance of an endpoint says of itself: asked once, when it appears in etcd."""
+"""What each instance of an endpoint says of itself: asked when it appears in etcd, until it has answered."""
 
 import asyncio
+import itertools
 import logging
 from typing import Generic, TypeVar
 
@@ -14,8 +15,10 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# For the first answer; twice as long each time, so that one that is always slow is understood, too.
 _TIMEOUT_S = 2.0
-_NUM_ATTEMPTS = 3
+_MAX_TIMEOUT_S = 32.0
+_NUM_SILENT_ATTEMPTS = 2
 _PAUSE_S = 1.0
 # How long a request waits for those who have just appeared; afterwards it makes do with the others.
 _PATIENCE_S = 0.5
@@ -55,22 +58,26 @@ class Descriptions(Generic[T]):
             await asyncio.wait(self._asking.values(), timeout=self._patient_until - now)
 
     async def _ask(self, instance_id: int) -> None:
-        answer = None
-        for attempt in range(1, _NUM_ATTEMPTS + 1):
+        """Until it has said what it is, or that it does not know the question; `_update` ends it for one that left."""
+        for attempt in itertools.count():
             try:
-                async with asyncio.timeout(_TIMEOUT_S):
-                    answer = await self._answer(instance_id)
+                async with asyncio.timeout(min(_TIMEOUT_S * 2**attempt, _MAX_TIMEOUT_S)):
+                    self._known[instance_id] = await self._answer(instance_id)
                 break
-            except Exception as error:
-                is_of_another_make = isinstance(error, msgspec.ValidationError)
-                if is_of_another_make or releases.is_raised_by_worker(error) or attempt == _NUM_ATTEMPTS:
-                    logger.warning("%x of %s does not describe itself: %s", instance_id, self._client, error)
-                    break
-            await asyncio.sleep(_PAUSE_S)  # it is just starting, or going away
-        self._known[instance_id] = answer
+            except Exception as error:  # it is just starting, or going away, or busy, or it hangs
+                if attempt == _NUM_SILENT_ATTEMPTS:
+                    logger.warning(
+                        "%x of %s gets no requests until it has said what it is: %r", instance_id, self._client, error
+                    )
+            await asyncio.sleep(_PAUSE_S)
         del self._asking[instance_id]
 
     async def _answer(self, instance_id: int) -> T | None:
-        async for chunk in await self._client.direct(DESCRIBE, instance_id, context=Context()):
-            return msgspec.convert(chunk.data(), self._kind)
+        try:
+            async for chunk in await self._client.direct(DESCRIBE, instance_id, context=Context()):
+                return msgspec.convert(chunk.data(), self._kind)
+        except Exception as error:
+            if not isinstance(error, msgspec.ValidationError) and not releases.is_raised_by_worker(error):
+                raise
+            logger.warning("%x of %s does not describe itself: %s", instance_id, self._client, error)
         return None

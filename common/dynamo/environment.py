@@ -1,6 +1,8 @@
 """What Dynamo's runtime is told by environment variables, whatever its release."""
 
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 # At "info" the runtime writes two or three lines a request. One line of ours says more, so those stay quiet.
 _CHATTY = ("pipeline::network::egress", "pipeline::network::ingress", "component::client")
 _INFO = ",".join(["info", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
+
+_MAX_SYSTEM_PORT = 32767
 
 
 def prepare_environment() -> None:
@@ -25,6 +29,13 @@ def prepare_environment() -> None:
     os.environ.setdefault("DYN_RUNTIME_MAX_BLOCKING_THREADS", "4")
     # DYN_LOG_LEVEL is the chapter's word for it, which no release reads.
     os.environ["DYN_LOG"] = (os.environ.get("DYN_LOG") or os.environ.get("DYN_LOG_LEVEL") or _INFO).lower()
+
+
+def check_system_port() -> None:
+    """Exit with an error where DYN_SYSTEM_PORT is none that Dynamo takes: it keeps the port in 16 bits with a sign."""
+    text = os.environ.get("DYN_SYSTEM_PORT", "")
+    if text and (not re.fullmatch(r"-?\d+", text) or int(text) > _MAX_SYSTEM_PORT):
+        sys.exit(f"error: DYN_SYSTEM_PORT={text}: expected a port up to {_MAX_SYSTEM_PORT}.")
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class FailoverClient:
     async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
         try:
             with child_context(context) as call_context:
-                call = InstanceCall(call_context)
+                call = InstanceCall(call_context, self._client.generation)
                 with self._instances.calling(instance_id, call):
                     stream = await call.wait_for(self._client.direct(request, instance_id, context=call_context))
                     call.is_taken = True

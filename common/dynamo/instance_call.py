@@ -21,10 +21,11 @@ class InstanceCall:
     """A stream that is being waited for.
 
     is_taken: whether the instance has accepted the request; a whole answer is then silent until its end.
-    heard_at: when its last dict came, on the event loop's clock; None before the first.
+    heard_at: when its last dict came, on the event loop's clock; None before the first. generation: of our connection.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, generation: int) -> None:
+        self.generation = generation
         self.is_taken = False
         self.heard_at: float | None = None
         self._context = context

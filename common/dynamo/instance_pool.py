@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 QUARANTINE_S = 3.0
 _POLL_S = 0.1
 _LOOK_S = 1.0
-# One that is asked to stop leaves etcd at once, and may take until then to finish what it is answering.
+# One that is asked to stop leaves etcd at once, and may take until then to finish what it is answering. It keeps its
+# lease meanwhile; one that hangs or has vanished does not.
 SILENCE_S = DRAIN_TIMEOUT_S + 5.0
+SILENCE_WITHOUT_LEASE_S = 5.0
 
 Among = Callable[[], Awaitable[set[int]]]
 
@@ -106,6 +108,7 @@ class InstancePool:
         """Give up calls of instances that have left etcd and fallen silent, as long as there are calls."""
         loop = asyncio.get_running_loop()
         gone_since: dict[int, float] = {}
+        lost_since: dict[int, float] = {}
         while self._calls:
             await asyncio.sleep(_LOOK_S)
             try:
@@ -115,7 +118,16 @@ class InstancePool:
             now = loop.time()
             gone_since = {each: gone_since.get(each, now) for each in self._calls.keys() - present}
             for instance_id, since in gone_since.items():
+                if instance_id not in lost_since and not await self._client.is_lease_known(instance_id):
+                    lost_since[instance_id] = loop.time()
                 for call in list(self._calls.get(instance_id, ())):
-                    if now - max(since, call.heard_at or since) > SILENCE_S:
-                        call.give_up(f"it left etcd and has said nothing for {SILENCE_S:.0f} s")
+                    self._give_up_if_silent(call, since, lost_since.get(instance_id))
         self._watching = None
+
+    def _give_up_if_silent(self, call: InstanceCall, gone_since: float, lost_since: float | None) -> None:
+        since, limit_s, what = gone_since, SILENCE_S, "it left etcd"
+        # A lease that ended together with ours, because etcd forgot everybody, tells nothing of the instance.
+        if lost_since is not None and call.generation == self._client.generation:
+            since, limit_s, what = lost_since, SILENCE_WITHOUT_LEASE_S, "its lease has ended"
+        if asyncio.get_running_loop().time() - max(since, call.heard_at or since) > limit_s:
+            call.give_up(f"{what} and it has said nothing for {limit_s:.0f} s")

@@ -20,8 +20,10 @@ from common.dynamo import releases
 from common.dynamo.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
 from common.dynamo.cpus import chosen_cpus, stay_on
 from common.dynamo.dead_peers import detect_dead_peers
+from common.dynamo.environment import check_system_port
 from common.dynamo.releases import Context
 from common.dynamo.response_address import VARIABLE, is_out_of_reach
+from common.dynamo.server_access import is_lease_known
 from common.dynamo.servers import ServersMissing
 from common.observability.logs import configure_dynamo_logging
 
@@ -151,6 +153,11 @@ class Client:
     def __str__(self) -> str:
         return str(self._endpoint)
 
+    @property
+    def generation(self) -> int:
+        """Another one when etcd has forgotten this process, and it has connected anew."""
+        return self._runtime.generation
+
     async def refresh(self) -> Any:
         """Dynamo's client, made anew where the connection was replaced."""
         if self._generation != self._runtime.generation:
@@ -165,6 +172,10 @@ class Client:
     async def instance_ids(self) -> list[int]:
         """Who serves the endpoint, as etcd says now. An instance that was killed stays listed for up to 10 s."""
         return list((await self.refresh()).instance_ids())
+
+    async def is_lease_known(self, instance_id: int) -> bool:
+        """Whether etcd still has the lease of an instance, listed or not; true where it cannot be asked."""
+        return await is_lease_known(instance_id)  # Dynamo names an instance after its lease
 
     def num_instances(self) -> int:
         """How many `instance_ids` would name, for those who cannot wait."""
@@ -241,6 +252,7 @@ def dynamo_worker(
         raise ValueError("static=True would mean running without etcd; this pipeline discovers its parts there")
 
     cpus = chosen_cpus()
+    check_system_port()
 
     def decorate(worker: Callable[Concatenate[DistributedRuntime, P], Running]) -> Callable[P, Running]:
         @functools.wraps(worker)

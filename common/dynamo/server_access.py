@@ -14,6 +14,7 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,16 +41,12 @@ async def check_access() -> None:
 def _etcd_answers(url: str) -> bool:
     """Log in and read a key through etcd's JSON gateway. False where nothing can be learned that way."""
     where = f"etcd at {urlsplit(url).netloc.rpartition('@')[2]}"
-    user, password = os.environ.get("ETCD_AUTH_USERNAME"), os.environ.get("ETCD_AUTH_PASSWORD")
+    user = os.environ.get("ETCD_AUTH_USERNAME")
     try:
-        tls = _tls_context() if url.startswith("https") else None
-        token = ""
-        if user:
-            token = _ask_etcd(url, "auth/authenticate", {"name": user, "password": password}, tls)["token"]
-        _ask_etcd(url, "kv/range", {"key": _INSTANCES}, tls, token)
+        _ask_etcd_as_user(url, "kv/range", {"key": _INSTANCES})
     except urllib.error.HTTPError as error:
         # Without a name in the request, etcd may still know us by our certificate; not through its gateway.
-        if error.code in (400, 401, 403) and (user or not tls):
+        if error.code in (400, 401, 403) and (user or not url.startswith("https")):
             reason = _etcd_reason(error.read())
             if "not enabled" in reason:  # a name where none is needed does no harm
                 return True
@@ -81,6 +78,27 @@ def _speaks_tls(url: str) -> bool:
         return "ALERT" in (error.reason or "")  # it refuses us, in TLS
     except OSError:
         return False
+
+
+async def is_lease_known(lease_id: int) -> bool:
+    """Whether etcd still has the lease; true where it cannot be asked."""
+    return await asyncio.to_thread(_is_lease_known, lease_id)
+
+
+def _is_lease_known(lease_id: int) -> bool:
+    for url in etcd_urls():
+        with suppress(ServersMissing, http.client.HTTPException, OSError, ValueError, KeyError):
+            return int(_ask_etcd_as_user(url, "lease/timetolive", {"ID": lease_id})["TTL"]) >= 0
+    return True
+
+
+def _ask_etcd_as_user(url: str, method: str, question: dict[str, Any]) -> dict[str, Any]:
+    user, password = os.environ.get("ETCD_AUTH_USERNAME"), os.environ.get("ETCD_AUTH_PASSWORD")
+    tls = _tls_context() if url.startswith("https") else None
+    token = ""
+    if user:
+        token = _ask_etcd(url, "auth/authenticate", {"name": user, "password": password}, tls)["token"]
+    return _ask_etcd(url, method, question, tls, token)
 
 
 def _ask_etcd(

@@ -1,0 +1,98 @@
+"""Asking instances what they are, however long it takes them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, cast
+
+import pytest
+
+from common.dynamo.descriptions import Descriptions
+from common.dynamo.runtime import Client, Context
+from common.wire import EngineDescription, to_wire
+
+DESCRIPTION = EngineDescription("a model", context_length=100, vocab_size=10)
+PLAIN = ValueError("a python exception was caught while processing: KeyError: 'token_ids'")
+PATIENCE_S = 5
+
+
+class Chunk:
+    def data(self) -> dict[str, Any]:
+        return to_wire(DESCRIPTION)
+
+
+class Instance:
+    """One that hangs, or fails, until it is told to answer."""
+
+    def __init__(self, failure: Exception | None = None, delay_s: float = 0.0) -> None:
+        self.failure, self.delay_s = failure, delay_s
+        self.num_asked = 0
+        self.is_answering = asyncio.Event()
+
+    async def instance_ids(self) -> list[int]:
+        return [1]
+
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+        self.num_asked += 1
+        if self.failure is not None and not self.is_answering.is_set():
+            raise self.failure
+        await self.is_answering.wait()
+        await asyncio.sleep(self.delay_s)
+        return self._description()
+
+    async def _description(self) -> AsyncIterator[Chunk]:
+        yield Chunk()
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_TIMEOUT_S", "_PAUSE_S", "_PATIENCE_S"):
+        monkeypatch.setattr(f"common.dynamo.descriptions.{name}", 0.01)
+
+
+def descriptions_of(instance: Instance) -> Descriptions[EngineDescription]:
+    return Descriptions(cast("Client", instance), EngineDescription)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def first_known(descriptions: Descriptions[EngineDescription]) -> EngineDescription | None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not (known := await descriptions.current()):
+            await asyncio.sleep(0.001)
+    return known[1]
+
+
+@pytest.mark.parametrize("failure", [None, ConnectionError("nobody there")], ids=["hangs", "is unreachable"])
+def test_one_that_answers_late_is_missing_until_then(failure: Exception | None) -> None:
+    async def scenario() -> None:
+        instance = Instance(failure)
+        descriptions = descriptions_of(instance)
+        assert await descriptions.current() == {}
+        await until(lambda: instance.num_asked > 4)
+        assert await descriptions.current() == {}
+        instance.is_answering.set()
+        assert await first_known(descriptions) == DESCRIPTION
+
+    asyncio.run(scenario())
+
+
+def test_one_that_is_always_slow_is_given_the_time_that_it_takes() -> None:
+    async def scenario() -> None:
+        instance = Instance(delay_s=0.1)
+        instance.is_answering.set()
+        assert await first_known(descriptions_of(instance)) == DESCRIPTION
+
+    asyncio.run(scenario())
+
+
+def test_one_that_does_not_know_the_question_is_known_as_such() -> None:
+    async def scenario() -> None:
+        instance = Instance(PLAIN)
+        assert await first_known(descriptions_of(instance)) is None
+        assert instance.num_asked == 1
+
+    asyncio.run(scenario())
