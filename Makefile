@@ -4,13 +4,14 @@
 .DELETE_ON_ERROR:
 .PHONY: help setup model infra run status test test-quick test-page test-chapter test-hosts soak bench check lock clean
 
-# Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python.
-PYTHON_CANDIDATES ?= python3.11 python3.12 python3
-IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(firstword $(foreach python,$(PYTHON_CANDIDATES),\
-	$(shell $(python) -c '$(IS_SUPPORTED)' 2>/dev/null && echo $(python))))
+# Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python. Where each is, or nothing.
+PYTHON_CANDIDATES ?= $(or $(PYTHON),python3.11 python3.12 python3)
+IF_SUPPORTED := import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) and print(sys.executable)
+SUPPORTED_PYTHON = $(firstword $(foreach python,$(PYTHON_CANDIDATES),$(shell $(python) -c '$(IF_SUPPORTED)' 2>/dev/null)))
 
+UV := .uv/bin/uv
 VENV_PYTHON := .venv/bin/python
+MIN_FREE_GB ?= 10
 DATA_DIR ?= .data
 SUPERVISORCTL := $(VENV_PYTHON) -m supervisor.supervisorctl -c $(DATA_DIR)/run/supervisord.conf
 
@@ -44,10 +45,32 @@ help:
 
 setup: .venv/installed
 
-.venv/installed: requirements.txt pyproject.toml
-	$(if $(PYTHON),,$(error Python 3.11 or 3.12 is needed, and none of $(PYTHON_CANDIDATES) is one: \
+# The uv that requirements.txt pins, by pip: this Python's own, or where it has none, one in an environment for it.
+$(UV): requirements.txt
+	$(if $(SUPPORTED_PYTHON),,$(error Python 3.11 or 3.12 is needed, and none of $(PYTHON_CANDIDATES) is one: \
 	install one, or name it: make PYTHON=/path/to/python3.11))
-	@$(PYTHON) -m launch.setup
+	@rm -rf .uv && mkdir .uv
+	@sed -n '/^uv==/,/[^\]$$/p' $< >.uv/requirement.txt
+	@python=$(SUPPORTED_PYTHON); \
+	$$python -m pip --version >/dev/null 2>&1 || { $$python -m venv .uv/pip && python=.uv/pip/bin/python; } && \
+	PIP_USER=0 $$python -m pip install --quiet --disable-pip-version-check --require-hashes --target .uv \
+	-r .uv/requirement.txt
+	@touch $@
+
+# A .venv that was finished is brought up to date; what an interrupted setup left is made anew. The project itself is
+# installed, though its code stays here, because SGLang finds our CPU platform through an entry point.
+.venv/installed: requirements.txt pyproject.toml | $(UV)
+	@for folder in . "$$($(UV) cache dir)"; do \
+	mkdir -p "$$folder" && free=$$(df -BG --output=avail "$$folder" | tr -dc 0-9) && \
+	if [ "$$free" -lt $(MIN_FREE_GB) ]; then echo "setup: the disk that holds $$folder has $$free GB free, and PyTorch" \
+	'and SGLang take about 10: free some, or try anyway with `MIN_FREE_GB=0 make setup`' >&2; exit 1; fi; done
+	@[ -e $@ ] && [ "$$($(VENV_PYTHON) -c '$(IF_SUPPORTED)')" ] || \
+	$(UV) venv --quiet --no-config --clear --python $(SUPPORTED_PYTHON) .venv
+	@rm -f $@
+	@echo 'setup: installing requirements.txt (8 GB; seconds where uv has it in its cache)'
+	@$(UV) pip sync $$([ -t 2 ] || echo --quiet) --python $(VENV_PYTHON) --require-hashes requirements.txt
+	@$(UV) pip install --quiet --python $(VENV_PYTHON) --no-deps --no-build-isolation --editable .
+	@touch $@
 
 model: setup
 	@$(VENV_PYTHON) -m launch.model
@@ -112,6 +135,6 @@ lock: setup
 	@echo 'lock: requirements.txt and requirements-chapter.txt written; `make setup` and `make test-chapter` install them'
 
 clean:
-	rm -rf .uv .venv .venv-new .venv-old .venv-chapter models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .uv .venv .venv-chapter models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
 	.schemathesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

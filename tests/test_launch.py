@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import first_question, model, setup, supervisor_config, watch
+from launch import first_question, model, supervisor_config, watch
 from launch.engine_log import current_phase
 from launch.logs import LogTail, last_lines
 from launch.model_folder import CONVERSION_VERSION, MANIFEST_FILE, find_flaw, write_manifest
@@ -432,29 +433,63 @@ def test_the_curl_is_the_chapters() -> None:
     )
 
 
+FAKE_UV = """#!/bin/sh
+echo "$*" >>calls
+case "$1" in
+cache) echo uv-cache ;;
+venv) mkdir -p .venv/bin && ln -sf "$PYTHON" .venv/bin/python ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder where `make setup` finds what it reads, and a uv that only writes down what it is asked."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    uv = tmp_path / ".uv" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text(FAKE_UV)
+    uv.chmod(0o755)
+    return tmp_path
+
+
+def make_setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "setup", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+
+
+def uv_calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
 class TestSetup:
     def test_make_says_in_one_line_that_no_python_fits(self) -> None:
-        done = subprocess.run(
-            ["make", "--dry-run", "--always-make", "setup", "PYTHON_CANDIDATES=python2.6 no-such-python"],
-            cwd=ROOT,
-            env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
-            capture_output=True,
-            text=True,
-        )
+        done = make_setup(ROOT, "--dry-run", "--always-make", "PYTHON_CANDIDATES=python2.6 no-such-python")
         assert done.returncode == 2
         assert re.fullmatch(r"Makefile:\d+: \*\*\* Python 3\.11 or 3\.12 is needed, and none of .*\n", done.stderr)
 
-    def test_a_full_disk_is_one_line_before_anything_is_written(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MIN_FREE_GB", "1e9")
-        with pytest.raises(setup.SetupError, match=r"GB free.*MIN_FREE_GB=0 make setup") as caught:
-            setup.require_free_space(ROOT / "not" / "there" / "yet")
-        assert "\n" not in str(caught.value)
+    def test_an_environment_is_made_once_and_then_brought_up_to_date(self, checkout: Path) -> None:
+        assert make_setup(checkout).returncode == 0
+        assert [line.split()[:2] for line in uv_calls(checkout)] == [
+            ["cache", "dir"], ["venv", "--quiet"], ["pip", "sync"], ["pip", "install"],
+        ]  # fmt: skip
+        assert make_setup(checkout).stdout == "make: Nothing to be done for 'setup'.\n"
+        (checkout / "pyproject.toml").touch()
+        assert make_setup(checkout).returncode == 0
+        assert [line.split()[:2] for line in uv_calls(checkout)[4:]] == [
+            ["cache", "dir"], ["pip", "sync"], ["pip", "install"],
+        ]  # fmt: skip
+        (checkout / ".venv" / "installed").unlink()  # as an interrupted setup leaves it
+        assert make_setup(checkout).returncode == 0
+        assert "venv --quiet --no-config --clear" in uv_calls(checkout)[8]
 
-    def test_a_disk_that_fills_up_meanwhile_is_one_line(self) -> None:
-        command = [sys.executable, "-c", "raise SystemExit('x\\nerror: No space left on device (os error 28)\\ny')"]
-        with pytest.raises(setup.SetupError, match=r"^the disk is full: ") as caught:
-            setup._run_with_progress(command)
-        assert "\n" not in str(caught.value)
+    def test_a_full_disk_is_one_line_before_anything_is_written(self, checkout: Path) -> None:
+        done = make_setup(checkout, "MIN_FREE_GB=1000000")
+        assert done.returncode == 2
+        assert re.match(r"setup: the disk that holds \. has \d+ GB free, .*`MIN_FREE_GB=0 make setup`\n", done.stderr)
+        assert len(uv_calls(checkout)) == 1
 
     def test_requirements_name_no_host_and_no_path(self) -> None:
         text = (ROOT / "requirements.txt").read_text()
