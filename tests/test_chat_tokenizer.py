@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,8 @@ SHORT = "word " * (SHORT_CHARACTERS // 5)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Iterator[ChatTokenizer]:
-    loaded = ChatTokenizer.load(str(ROOT / MODEL))
-    yield loaded
-    loaded.close()
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer.load(str(ROOT / MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -85,4 +82,3 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither_here(reference: PreTrainedTo
     expected = reference.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     tokenizer = ChatTokenizer.load(str(tmp_path))
     assert asyncio.run(tokenizer.encode_chat(messages_of(text))) == expected["input_ids"]
-    tokenizer.close()

@@ -118,12 +118,3 @@ def test_special_tokens_are_counted_and_not_shown(tokenizer: Tokenizer) -> None:
     token_ids = [*special_ids(tokenizer), *ids_of_bytes(tokenizer, b"ok"), *special_ids(tokenizer)]
     assert run(tokenizer, [token_ids]) == ("ok", len(token_ids), None)
     assert run(tokenizer, [token_ids], "STOP") == ("ok", len(token_ids), None)
-
-
-@with_each(BYTE_TOKENIZERS)
-def test_shown_special_tokens_can_be_stop_strings(tokenizer: Tokenizer) -> None:
-    special_id = special_ids(tokenizer)[0]
-    special = tokenizer.id_to_token(special_id)
-    generated = GeneratedText(tokenizer, stop=[special], skip_special_tokens=False)
-    assert generated.push([*ids_of_bytes(tokenizer, b"ok"), special_id]) == "ok"
-    assert generated.stopped == special

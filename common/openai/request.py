@@ -13,7 +13,7 @@ from common.openai.messages import Message
 from common.openai.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
 
 MAX_CHOICES = 16
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 256
 MAX_BIASED_TOKENS = 1024
 
 # Fields of OpenAI's that have no effect here, with the values that ask for none.
@@ -38,7 +38,7 @@ LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),
 ]
-_StopString = Annotated[str, Field(min_length=1)]
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stop = Annotated[
     Annotated[_StopString, IS_STRING] | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS), IS_LIST],
     STRING_OR_LIST,

@@ -17,8 +17,8 @@ def _is_no_op(value: Any, no_op_values: Any) -> bool:
 
 
 def _number(value: Any) -> Any:
-    # JSON has one kind of number, so 1.0 is an integer.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    # JSON has one kind of number, so 1.0 is an integer. Integers beyond 64 bits arrive as floats, and rounded.
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
 
 def _describe(schema: dict[str, Any], model: "type[StrictModel]") -> None:

@@ -139,9 +139,6 @@ class ChatTokenizer:
             )
         return num_tokens_asked if num_tokens_asked is not None else room
 
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
 
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it: text in one string, "developer" under its older name "system"."""

@@ -6,9 +6,9 @@ prefix" when a byte-fallback token makes the bytes before it invalid ("<0xE2><0x
 invalid bytes again from its start at every step, which is quadratic. Here every token becomes bytes by itself
 and an incremental UTF-8 decoder joins them: the split of the ids cannot matter, and each is looked at once.
 
-The text equals `Tokenizer.decode` but for two things. A character cut off at the end of the generation is
-dropped, where `decode` gives U+FFFD. And where byte-fallback tokens are invalid UTF-8, only the invalid bytes
-become U+FFFD, where `decode` also replaces the valid characters next to them.
+The text equals `Tokenizer.decode` (without special tokens) but for two things. A character cut off at the end of the
+generation is dropped, where `decode` gives U+FFFD. And where byte-fallback tokens are invalid UTF-8, only the invalid
+bytes become U+FFFD, where `decode` also replaces the valid characters next to them.
 """
 
 import codecs
@@ -23,9 +23,9 @@ from common.text.token_bytes import token_bytes
 class IncrementalDetokenizer:
     """Turns the ids of one generation into text: for any split, pushes + flush == `detokenize(all ids)`."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._token_bytes = token_bytes(tokenizer)
-        self._skipped_ids = special_token_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._skipped_ids = special_token_ids(tokenizer)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_at_start = True
 
@@ -52,14 +52,14 @@ class IncrementalDetokenizer:
             self._is_at_start = False
 
 
-def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """The text of a whole generation; a character cut off at its end is dropped."""
-    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    detokenizer = IncrementalDetokenizer(tokenizer)
     return detokenizer.push(token_ids) + detokenizer.flush()
 
 
 @functools.lru_cache(maxsize=8)
 def special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that `skip_special_tokens` leaves out of a text."""
+    """The ids that the text leaves out: those of special tokens."""
     added_tokens = tokenizer.get_added_tokens_decoder()
     return frozenset(token_id for token_id, token in added_tokens.items() if token.special)

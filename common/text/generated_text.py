@@ -15,14 +15,8 @@ class GeneratedText:
     including the token that completed it, however many came in the same chunk.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        stop: Sequence[str] = (),
-        skip_special_tokens: bool = True,
-    ) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stop_strings = StopStringMatcher(stop) if stop else None
         self.num_tokens = 0
 

@@ -3,6 +3,9 @@
 Knows nothing about tokens. Which match wins must not depend on how the text was split, so the rule is: the
 match that completes first; if several complete at the same character, the one that starts earliest (the
 longest). With the stops "abcd" and "bc", "abcd" never matches: "bc" has completed before it.
+
+Why no library: `regex` finds partial matches, but always lets the one that starts first win, so that a text would
+wait for "abcd" although "bc" is there; and no Aho-Corasick of PyPI tells how much of a text to hold back.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ class StopStringMatcher:
     def __init__(self, stop: Sequence[str]) -> None:
         if not all(stop):
             raise ValueError("a stop string must not be empty")
-        self._prefixes = [_MatchedPrefix(stop_string) for stop_string in stop]
+        self._stop = stop
         self._held = ""
         self.matched: str | None = None
 
@@ -27,51 +30,27 @@ class StopStringMatcher:
         """The text that can never become part of a stop string; "" once one has matched."""
         if self.matched is not None:
             return ""
-        unsent = self._held + text
-        for end, character in enumerate(text, start=len(self._held) + 1):
-            completed = [prefix.stop_string for prefix in self._prefixes if prefix.extend(character)]
-            if completed:
-                self.matched = max(completed, key=len)
-                self._held = ""
-                return unsent[: end - len(self.matched)]
-        return self._hold_back(unsent)
+        unsent, self._held = self._held + text, ""
+        starts = {stop_string: unsent.find(stop_string) for stop_string in self._stop if stop_string in unsent}
+        if starts:
+            self.matched = min(starts, key=lambda found: (starts[found] + len(found), -len(found)))
+            return unsent[: starts[self.matched]]
+        num_sent = self._num_sendable(unsent)
+        self._held = unsent[num_sent:]
+        return unsent[:num_sent]
 
     def flush(self) -> str:
         """The text held back, when the generation ends without a match."""
         held, self._held = self._held, ""
         return held
 
-    def _hold_back(self, unsent: str) -> str:
-        num_held = max((prefix.length for prefix in self._prefixes), default=0)
-        num_sent = len(unsent) - num_held
-        self._held = unsent[num_sent:]
-        return unsent[:num_sent]
+    def _num_sendable(self, unsent: str) -> int:
+        """Where the longest end of the text begins that a stop string begins with.
 
-
-class _MatchedPrefix:
-    """The longest prefix of a stop string that the text ends with; O(1) a character (Knuth-Morris-Pratt)."""
-
-    def __init__(self, stop_string: str) -> None:
-        self.stop_string = stop_string
-        self.length = 0
-        self._fallbacks = _fallback_lengths(stop_string)
-
-    def extend(self, character: str) -> bool:
-        """Takes the next character of the text, and says whether it completes the stop string."""
-        self.length = _longest_prefix(self.stop_string, self._fallbacks, self.length, character)
-        return self.length == len(self.stop_string)
-
-
-def _longest_prefix(pattern: str, fallbacks: list[int], length: int, character: str) -> int:
-    """The prefix length after `character`, when pattern[:length] came before it; length < len(pattern)."""
-    while length and pattern[length] != character:
-        length = fallbacks[length]
-    return length + 1 if pattern[length] == character else 0
-
-
-def _fallback_lengths(pattern: str) -> list[int]:
-    """For every n <= len(pattern), the longest proper prefix that pattern[:n] also ends with."""
-    fallbacks = [0, 0]
-    for character in pattern[1:]:
-        fallbacks.append(_longest_prefix(pattern, fallbacks, fallbacks[-1], character))
-    return fallbacks
+        Over a whole text that is one comparison per character and stop string: the search starts at what was held
+        and goes on by as many characters as are sent.
+        """
+        start = max(0, len(unsent) - max(map(len, self._stop), default=1) + 1)
+        while start < len(unsent) and not any(stop_string.startswith(unsent[start:]) for stop_string in self._stop):
+            start += 1
+        return start

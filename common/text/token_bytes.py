@@ -90,10 +90,6 @@ class TokenBytes:
         # A lone byte of a longer character decodes to U+FFFD: its own byte is the truth.
         return token_bytes if alone == token_bytes.decode(errors="replace") else alone.encode()
 
-    def text_of(self, token_id: int) -> str:
-        """The token as text, with U+FFFD for bytes that are only a part of a character."""
-        return self.bytes_of(token_id).decode(errors="replace")
-
     def _token(self, token_id: int) -> str | None:
         try:
             token: str | None = self._tokenizer.id_to_token(token_id)
