@@ -20,13 +20,7 @@
 Knows nothing about HTTP servers: the frontend turns `status` into a response, the other two send the dict.
 """
 
-import functools
-import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from typing import Any, ClassVar
-
-logger = logging.getLogger(__name__)
 
 
 def _without_middle(text: str, max_characters: int) -> str:
@@ -138,28 +132,3 @@ def from_wire(error: Any) -> PipelineError:
     code = error.get("code") if isinstance(error.get("code"), str) else None
     by_type = InvalidRequest if error.get("type") == InvalidRequest.type else BadUpstream
     return _BY_CODE.get(code, by_type)(error["message"], param=param)
-
-
-Handler = Callable[..., AsyncGenerator[dict[str, Any], None]]
-
-
-def answers_errors(handler: Handler) -> Handler:
-    """Wrap a service's async generator so that an exception becomes the last dict of its stream.
-
-    A `PipelineError` is sent as it is. Anything else is a bug: its traceback goes to the log, and the caller
-    gets a sentence that tells nothing about the inside.
-    """
-
-    @functools.wraps(handler)
-    async def answering(*args: Any, **kwargs: Any) -> AsyncGenerator[dict[str, Any], None]:
-        try:
-            async with aclosing(handler(*args, **kwargs)) as stream:
-                async for item in stream:
-                    yield item
-        except PipelineError as error:
-            yield error.to_wire()
-        except Exception:
-            logger.exception("%s failed", handler.__qualname__)
-            yield InternalError("The server had an error while processing your request.").to_wire()
-
-    return answering

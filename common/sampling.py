@@ -4,7 +4,15 @@ from typing import Any
 
 from common.errors import InvalidRequest
 from common.openai.request import ChatCompletionRequest
-from common.wire import EngineRequest, Origin, OutputOptions, SamplingOptions, StopConditions
+from common.wire import (
+    AnswerProtocol,
+    EngineChunk,
+    EngineRequest,
+    OutputOptions,
+    SamplingOptions,
+    StopConditions,
+    read_engine_chunk,
+)
 
 # SGLang's fixed default of 128 new tokens would cut answers short, so `max_tokens` is always given.
 _SAMPLING_FIELDS = (
@@ -15,11 +23,9 @@ _SAMPLING_FIELDS = (
 def engine_request(
     chat: ChatCompletionRequest,
     token_ids: list[int],
-    *,
     index: int,
     max_tokens: int,
     defaults: dict[str, float | int],
-    origin: Origin,
 ) -> EngineRequest:
     """The request for choice `index`. `defaults`: the model's own sampling values, for what the client left open.
 
@@ -34,8 +40,6 @@ def engine_request(
         stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=chat.ignore_eos),
         # A stop string has to be seen when it appears, so the engine may not keep the answer to itself.
         output_options=OutputOptions(stream=chat.stream or bool(chat.stop_strings), logprobs=chat.num_top_logprobs),
-        request_id=origin.request_id,
-        traceparent=origin.traceparent,
     )
 
 
@@ -66,16 +70,19 @@ def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def remaining_request(request: dict[str, Any], delivered: list[dict[str, Any]]) -> dict[str, Any]:
+def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> dict[str, Any] | EngineChunk:
     """The engine request for what is left after an engine broke: its tokens become part of the prompt.
 
     SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
-    have. Penalties start anew. Where nothing is left to generate, it is the dict that ends the answer.
+    have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
     """
-    token_ids = [token_id for chunk in delivered for token_id in chunk.get("token_ids", ())]
+    token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
     stop = request.get("stop_conditions", {})
     if (max_tokens := stop.get("max_tokens")) is not None:
         stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
         if stop["max_tokens"] < 1:
-            return {"finish_reason": "length"}
+            return EngineChunk(finish_reason="length")
     return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}
+
+
+ENGINE_ANSWERS = AnswerProtocol(read_engine_chunk, resume=remaining_request)

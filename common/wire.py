@@ -8,16 +8,18 @@
 
 These are the chapter's dicts. Everything beyond them has a default, so that a worker which only knows the chapter
 still fits on every hop. `{"describe": true}` asks a worker what it serves; one that does not know the question
-answers with an error and is taken as it is. `"show_path": true` in a request asks a worker to tell in its last dict
-how the request went; one that does not know that leaves it out.
+answers with an error and is accepted unchecked. `"show_path": true` in a request asks a worker to tell in its last
+dict how the request went; one that does not know that leaves it out.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from common.errors import Aborted, BadUpstream, InvalidRequest, from_wire
+from common.errors import BadUpstream, InvalidRequest, ModelNotFound, from_wire
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length"]
@@ -25,7 +27,6 @@ InstanceId = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
 # Since a process received the request, in microseconds.
 Moment = Annotated[int, Meta(ge=0, lt=2**53)]
 DESCRIBE: dict[str, Any] = {"describe": True}
-SHOW_PATH, PATH = "show_path", "path"
 MAX_CALLS = 1024  # of one worker for one request, all choices and attempts counted
 
 
@@ -65,8 +66,32 @@ class EngineRequest(msgspec.Struct, omit_defaults=True):
     sampling_options: SamplingOptions = msgspec.field(default_factory=SamplingOptions)
     stop_conditions: StopConditions = msgspec.field(default_factory=StopConditions)
     output_options: OutputOptions = msgspec.field(default_factory=OutputOptions)
-    request_id: str = ""
-    traceparent: str = ""
+
+
+class CallTrace(msgspec.Struct, omit_defaults=True):
+    """A call of one instance, as its caller saw it. `instance`: its id as etcd's key has it, in hexadecimal.
+
+    first_us, last_us: when its first and its last dict came. is_broken: it ended midway, and another one was called.
+    stage: what it tells of itself.
+    """
+
+    instance: InstanceId
+    called_us: Moment
+    first_us: Moment | None = None
+    last_us: Moment | None = None
+    is_broken: bool = False
+    stage: "HopTrace | None" = None
+
+
+class HopTrace(msgspec.Struct, omit_defaults=True):
+    """One process' share of a request: when its first and its last dict left, and whom it called.
+
+    A worker that was asked for it puts this into its terminal dicts, as "path"; the last one counts.
+    """
+
+    first_us: Moment | None = None
+    last_us: Moment | None = None
+    calls: Annotated[list[CallTrace], Meta(max_length=MAX_CALLS)] = []
 
 
 class EngineChunk(msgspec.Struct, omit_defaults=True):
@@ -80,7 +105,12 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     log_probs: list[float] | None = None
     top_logprobs: list[list[tuple[TokenId, float]]] | None = None
+    path: HopTrace | None = None
     error: Any = None
+
+    @property
+    def has_content(self) -> bool:
+        return bool(self.token_ids)
 
 
 class EngineDescription(msgspec.Struct, omit_defaults=True):
@@ -127,7 +157,12 @@ class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     finish_reason: FinishReason | None = None
     logprobs: list[LogprobEntry] | None = None
     usage: Usage | None = None
+    path: HopTrace | None = None
     error: Any = None
+
+    @property
+    def has_content(self) -> bool:
+        return bool(self.content or self.logprobs)
 
 
 class ProcessorDescription(msgspec.Struct, omit_defaults=True):
@@ -136,31 +171,12 @@ class ProcessorDescription(msgspec.Struct, omit_defaults=True):
     models: list[str]
     created: int
 
-
-class Call(msgspec.Struct, omit_defaults=True):
-    """A call of one instance, as its caller saw it. `instance`: its id as etcd's key has it, in hexadecimal.
-
-    first_us, last_us: when its first and its last dict came. is_broken: it ended midway, and another one was called.
-    stage: what it tells of itself.
-    """
-
-    instance: InstanceId
-    called_us: Moment
-    first_us: Moment | None = None
-    last_us: Moment | None = None
-    is_broken: bool = False
-    stage: "Stage | None" = None
-
-
-class Stage(msgspec.Struct, omit_defaults=True):
-    """One process' share of a request: when its first and its last dict left, and whom it called.
-
-    A worker that was asked for it puts this into its terminal dicts, as "path"; the last one counts.
-    """
-
-    first_us: Moment | None = None
-    last_us: Moment | None = None
-    calls: Annotated[list[Call], Meta(max_length=MAX_CALLS)] = []
+    def check(self, model: str) -> None:
+        """Raises:
+        ModelNotFound: it answers to other names.
+        """
+        if model not in self.models:
+            raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
 
 
 def to_wire(message: msgspec.Struct) -> dict[str, Any]:
@@ -169,21 +185,24 @@ def to_wire(message: msgspec.Struct) -> dict[str, Any]:
     return wire
 
 
-class Origin(NamedTuple):
-    """The client's request that a request on the wire is for: its id, for the logs, and its W3C traceparent."""
+class Envelope(msgspec.Struct, omit_defaults=True):
+    """What travels with every request beside what is asked: its id, for the logs, and its W3C traceparent.
+
+    show_path: tell in the last dict how the request went.
+    """
 
     request_id: str = ""
     traceparent: str = ""
+    show_path: bool = False
 
+    def around(self, request: dict[str, Any]) -> dict[str, Any]:
+        return request | to_wire(self)
 
-def put_origin(request: dict[str, Any], origin: Origin) -> None:
-    """Say in a request's dict who it is for."""
-    request |= origin._asdict()
-
-
-def take_origin(request: dict[str, Any]) -> Origin:
-    """Who a request is for, taken out of its dict."""
-    return Origin(str(request.pop("request_id", "")), str(request.pop("traceparent", "")))
+    @classmethod
+    def taken_from(cls, request: dict[str, Any]) -> "Envelope":
+        """Removes its keys from the request's dict."""
+        request_id, traceparent = (str(request.pop(name, "")) for name in ("request_id", "traceparent"))
+        return cls(request_id, traceparent, bool(request.pop("show_path", False)))
 
 
 def read_engine_request(data: Any) -> EngineRequest:
@@ -196,10 +215,10 @@ def read_engine_request(data: Any) -> EngineRequest:
         raise InvalidRequest(f"This is not an engine request: {error}.") from error
 
 
-_Chunk = TypeVar("_Chunk", EngineChunk, ProcessorChunk)
+C = TypeVar("C", EngineChunk, ProcessorChunk)
 
 
-def _read(data: Any, kind: type[_Chunk], sender: str) -> _Chunk:
+def _read(data: Any, kind: type[C], sender: str) -> C:
     try:
         chunk = msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
@@ -211,7 +230,7 @@ def _read(data: Any, kind: type[_Chunk], sender: str) -> _Chunk:
 
 def read_engine_chunk(data: Any) -> EngineChunk:
     """Raises:
-    PipelineError: the engine sent an error, or a dict that is none of ours (BadUpstream).
+    PipelineError: the engine sent an error, or a dict that is not part of the protocol (BadUpstream).
     """
     chunk = _read(data, EngineChunk, "engine")
     for per_token in (chunk.log_probs, chunk.top_logprobs):
@@ -222,38 +241,21 @@ def read_engine_chunk(data: Any) -> EngineChunk:
 
 def read_processor_chunk(data: Any) -> ProcessorChunk:
     """Raises:
-    PipelineError: the processor sent an error, or a dict that is none of ours (BadUpstream).
+    PipelineError: the processor sent an error, or a dict that is not part of the protocol (BadUpstream).
     """
     return _read(data, ProcessorChunk, "processor")
 
 
-def read_stage(data: Any) -> Stage | None:
-    """What a worker's terminal dict tells of its work, if it does.
+@dataclass(frozen=True)
+class AnswerProtocol(Generic[C]):
+    """How to read the answers of an endpoint.
 
-    Raises:
-        BadUpstream: it is not a stage.
+    read: a dict as a chunk; raises the error that the dict carries. resume: the request for what is left after some
+    chunks, or the chunk that ends the answer where nothing is left; None where a broken answer cannot go on.
     """
-    try:
-        return msgspec.convert(data.get(PATH) if isinstance(data, dict) else None, Stage | None)
-    except msgspec.ValidationError as error:
-        raise BadUpstream(f"A worker told something of its path that is not part of the protocol ({error}).") from error
+
+    read: Callable[[Any], C]
+    resume: Callable[[dict[str, Any], list[C]], dict[str, Any] | C] | None = None
 
 
-def is_saying_something(data: Any) -> bool:
-    """Does this dict bring anything? (What is no dict is the reader's to refuse.)"""
-    return not isinstance(data, dict) or any(data.values())
-
-
-def is_terminal(data: Any) -> bool:
-    """Does this dict end a stream (or, with several choices, one of them)? `finish_reason: None` does not."""
-    return isinstance(data, dict) and (data.get("finish_reason") is not None or data.get("error") is not None)
-
-
-def is_error(data: Any) -> bool:
-    """Does this dict end a whole stream, whatever its other choices were doing?"""
-    return isinstance(data, dict) and data.get("error") is not None
-
-
-def is_aborted(data: Any) -> bool:
-    """Did the worker give up without being asked to?"""
-    return is_error(data) and isinstance(from_wire(data["error"]), Aborted)
+PROCESSOR_ANSWERS = AnswerProtocol(read_processor_chunk)

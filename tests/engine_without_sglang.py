@@ -2,15 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, cast
+from collections.abc import AsyncGenerator
+from typing import cast
 
 import uvloop
 
+from common.dynamo.context import RequestContext
 from common.dynamo.runtime import configure_dynamo_logging
 from common.sglang.engine import SGLangEngine
-from common.sglang.output import Output
-from common.wire import EngineDescription, OutputOptions
+from common.sglang.stream_pace import Output
+from common.wire import EngineDescription, EngineRequest
 from engine import worker
 
 logger = logging.getLogger("counting_engine")
@@ -21,25 +22,16 @@ class CountingEngine:
 
     description = EngineDescription("counting", context_length=8192, vocab_size=49152)
 
-    def __init__(self) -> None:
-        self._aborted: set[str] = set()
-
-    def leave_signals_to(self, request_stop: Callable[[], None]) -> None:
-        """Nothing takes them."""
-
-    def abort(self, rid: str) -> None:
-        self._aborted.add(rid)
-
-    async def generate(
-        self, token_ids: list[int], sampling_params: dict[str, Any], *, rid: str, output_options: OutputOptions
-    ) -> AsyncGenerator[Output, None]:
-        num_tokens = sampling_params["max_new_tokens"]
+    async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Output, None]:
+        num_tokens = request.stop_conditions.max_tokens or 16
         output_ids: list[int] = []
         try:
-            while len(output_ids) < num_tokens and rid not in self._aborted:
+            while len(output_ids) < num_tokens and not context.is_stopped():
                 output_ids.append(1000 + len(output_ids))
                 finish_reason = {"type": "length"} if len(output_ids) == num_tokens else None
-                yield {"output_ids": [*output_ids], "meta_info": {"finish_reason": finish_reason, "queue_time": 0.25}}
+                if finish_reason is not None:
+                    context.record.waited(0.25)
+                yield {"output_ids": [*output_ids], "meta_info": {"finish_reason": finish_reason}}
                 await asyncio.sleep(0.01)
         finally:
             logger.info("ended after %d of %d", len(output_ids), num_tokens)

@@ -14,8 +14,8 @@ from typing import Any
 import uvloop
 
 from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.observability.request_path import RequestPath, with_path
-from common.wire import EngineDescription, EngineRequest, read_engine_request, to_wire
+from common.observability.request_path import RequestPath
+from common.wire import EngineDescription, EngineRequest, Envelope, read_engine_request, to_wire
 
 logger = logging.getLogger("fake_engine")
 
@@ -75,13 +75,18 @@ class FakeEngine:
                 raise KeyError("token_ids")
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
-        path = None if self.args.plain else RequestPath.asked_by_caller(request)
+        envelope = Envelope.taken_from(request)
+        path = RequestPath() if envelope.show_path and not self.args.plain else None
         self.num_running += 1
-        request_id = request.get("request_id", "")
+        request_id = envelope.request_id
         logger.info("request %s: running %d", request_id, self.num_running)
         try:
             async for item in self.answer(request, context):
-                yield with_path(item, path)
+                if path is not None:
+                    path.answering()
+                    if item.get("finish_reason"):
+                        item = {**item, "path": to_wire(path.trace)}
+                yield item
         finally:
             self.num_running -= 1
             logger.info("request %s: running %d, stopped %s", request_id, self.num_running, context.is_stopped())

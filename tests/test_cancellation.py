@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from common.dynamo.cancellation import when_stopped
+from common.dynamo.context import when_stopped
 from common.dynamo.runtime import Context
 from tests.processes import Pipeline, wait_until
 from tests.raw_http import open_request

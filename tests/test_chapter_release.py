@@ -18,8 +18,9 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "ma
 # The chapter's lines, in the order in which a reader meets them. "..." stands for the rest of a line.
 LINES = {
     "frontend.py": [
-        "...self.processor.generate(...",
-        "data = ...chunk.data()...",
+        "response_stream = await self.processor_client.generate(...",
+        "async for chunk in response_stream:",
+        "data = chunk.data()",
         "@dynamo_worker(static=False)",
         "async def worker(runtime: DistributedRuntime, ...",
         '...runtime.namespace("inference")',
@@ -27,10 +28,11 @@ LINES = {
         "configure_dynamo_logging()",
     ],
     "processor.py": [
-        "async def process(self, request...",
+        "async def process(...",
         "yield ...",
-        "...self.engine.generate(...",
-        "data = ...chunk.data()...",
+        "response_stream = await self.engine_client.generate(...",
+        "async for chunk in response_stream:",
+        "data = chunk.data()",
         "@dynamo_worker(static=False)",
         "async def worker(runtime: DistributedRuntime, ...",
         '...runtime.namespace("inference").component("engine").endpoint("generate").client()',

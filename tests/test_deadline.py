@@ -3,7 +3,8 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from common.deadline import before
+from common.dynamo.failover import within
+from common.errors import DeadlineExceeded
 
 
 async def stream(*pauses_s: float) -> AsyncGenerator[int, None]:
@@ -15,9 +16,9 @@ async def stream(*pauses_s: float) -> AsyncGenerator[int, None]:
 async def read(deadline_s: float, *pauses_s: float) -> list[int]:
     items = []
     try:
-        async for item in before(asyncio.get_running_loop().time() + deadline_s, stream(*pauses_s)):
+        async for item in within(deadline_s, stream(*pauses_s)):
             items.append(item)
-    except TimeoutError:
+    except DeadlineExceeded:
         items.append(-1)
     return items
 
@@ -30,7 +31,7 @@ def test_a_stream_that_stalls_is_given_up_at_the_deadline() -> None:
     assert asyncio.run(read(0.05, 0, 0, 10)) == [0, 1, -1]
 
 
-def test_a_stream_that_goes_on_for_ever_is_given_up_at_the_deadline() -> None:
+def test_a_stream_that_goes_on_indefinitely_is_given_up_at_the_deadline() -> None:
     assert asyncio.run(read(0.05, *[0.001] * 10_000))[-1] == -1
 
 
@@ -40,7 +41,7 @@ def test_an_error_of_the_stream_is_passed_on() -> None:
         raise ValueError("its own")
 
     async def read_failing() -> None:
-        async for _ in before(asyncio.get_running_loop().time() + 10, failing()):
+        async for _ in within(10, failing()):
             pass
 
     with pytest.raises(ValueError, match="its own"):

@@ -5,16 +5,30 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, cast
 
 import pytest
-from prometheus_client import Counter
 
 from common.dynamo.failover import MAX_BROKEN_CALLS, FailoverClient
 from common.dynamo.runtime import Client, Context
 from common.errors import BadUpstream
-from common.observability.metrics import CallMetrics
+from common.observability.metrics import Metrics
+from common.wire import PROCESSOR_ANSWERS, ProcessorChunk
+from tests.contexts import request_context
 
 
-def uncounted() -> CallMetrics:
-    return CallMetrics(Counter("retries", "", registry=None), Counter("migrations", "", registry=None))
+class AllOf:
+    """A directory in which every instance is eligible."""
+
+    ineligible_reason = ""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def eligible(self, request: dict[str, Any]) -> list[int]:
+        return list(await self._client.instance_ids())
+
+
+def failover_client(client: Any) -> FailoverClient[ProcessorChunk]:
+    client.num_instances = lambda: 0
+    return FailoverClient(cast("Client", client), AllOf(client), PROCESSOR_ANSWERS, Metrics("processor"))
 
 
 class Chunk:
@@ -86,19 +100,19 @@ class Breaking(GoneButListed):
 
 @pytest.fixture
 def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.dynamo.instance_pool.QUARANTINE_S", 0.01)
+    monkeypatch.setattr("common.dynamo.instances.QUARANTINE_S", 0.01)
 
 
-def answer_of(client: GoneButListed) -> list[dict[str, Any]]:
-    async def run() -> list[dict[str, Any]]:
-        failover = FailoverClient(cast("Client", client), uncounted())
-        return [chunk.data() async for chunk in failover.generate({}, Context())]
+def answer_of(client: GoneButListed) -> list[ProcessorChunk]:
+    async def run() -> list[ProcessorChunk]:
+        response_stream = await failover_client(client).generate({}, context=request_context())
+        return [chunk.data() async for chunk in response_stream]
 
     return asyncio.run(run())
 
 
 def test_calls_that_nobody_took_do_not_use_up_the_attempts(short_rest: None) -> None:
-    assert answer_of(GoneButListed()) == [{"finish_reason": "stop"}]
+    assert answer_of(GoneButListed()) == [ProcessorChunk(finish_reason="stop")]
 
 
 def test_a_request_that_breaks_every_instance_is_given_up(short_rest: None) -> None:
@@ -111,10 +125,11 @@ def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:
 
     async def run() -> list[list[str]]:
         dying = DyingInstance()
-        client = FailoverClient(cast("Client", dying), uncounted())
+        client = failover_client(dying)
 
         async def ask(what: str) -> list[str]:
-            return [c.data().get("content", "end") async for c in client.generate({"ask": what}, Context())]
+            response_stream = await client.generate({"ask": what}, context=request_context())
+            return [chunk.data().content or "end" async for chunk in response_stream]
 
         slow = asyncio.create_task(ask("slow"))
         await dying.is_slow_taken.wait()

@@ -13,9 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
-from common.http.frontend_args import FrontendArgs, parse_frontend_args
+from common.arguments import FrontendArgs, parse_frontend_args
+from common.dynamo.directories import ModelDirectory
+from common.http.app import Pipeline as HttpPipeline
+from common.http.app import create_app
 from common.observability.metrics import Metrics
-from frontend import create_app
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Pipeline, Process, wait_until
 from tests.streams import ask_stream, read_stream
@@ -261,7 +263,9 @@ class BrokenClient:
 @pytest.mark.anyio
 async def test_a_bug_is_a_500_that_tells_nothing_but_its_id(caplog: pytest.LogCaptureFixture) -> None:
     broken: Any = BrokenClient()
-    app = create_app(broken, broken, FrontendArgs(cors_origins=("https://example.com",)), Metrics("frontend"))
+    pipeline = HttpPipeline(ModelDirectory(broken), broken, broken)
+    args = FrontendArgs(cors_origins=("https://example.com",))
+    app = create_app(broken, pipeline, args, Metrics("frontend"))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://frontend") as client:
         with caplog.at_level(logging.INFO):
             answer = await client.get("/v1/models", headers={"x-request-id": "mine", "origin": "https://example.com"})

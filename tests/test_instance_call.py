@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from common.dynamo.instance_call import InstanceCall, InstanceFailed
+from common.dynamo.instances import InstanceCall, InstanceFailed
 from common.dynamo.runtime import Context
 
 

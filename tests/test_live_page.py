@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from common.errors import BadUpstream
 from common.http.live_page import PAGE, page_headers
-from common.observability.request_path import HEADER, RequestPath, with_path
-from common.wire import read_stage
+from common.observability.request_path import HEADER, RequestPath
+from common.wire import EngineChunk, Envelope, read_engine_chunk, read_processor_chunk, to_wire
+from tests.contexts import request_context
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Infra, Pipeline, running
 from tests.streams import ask_stream
@@ -54,24 +55,27 @@ class TestThePage:
 
 class TestAPath:
     def test_nobody_who_does_not_ask_gets_one(self) -> None:
-        assert RequestPath.asked_by_client({}) is None
-        assert RequestPath.asked_by_client({HEADER: "0"}) is None
-        request = {"token_ids": [1]}
-        assert RequestPath.asked_by_caller(request) is None
-        data = {"finish_reason": "stop"}
-        assert with_path(data, None) is data
+        assert Envelope.taken_from({"token_ids": [1]}) == Envelope()
+        assert Envelope.taken_from({"show_path": False}) == Envelope()
+        chunk = EngineChunk(finish_reason="stop")
+        request_context("engine").record.answers(chunk)
+        assert to_wire(chunk) == {"finish_reason": "stop"}
 
     def test_it_comes_with_the_dicts_that_end_a_stream_only(self) -> None:
         request = {"token_ids": [1], "show_path": True}
-        path = RequestPath.asked_by_caller(request)
+        assert Envelope.taken_from(request).show_path
         assert request == {"token_ids": [1]}
-        assert with_path({"token_ids": [1]}, path) == {"token_ids": [1]}
-        assert with_path({"finish_reason": "stop"}, path)["path"].keys() == {"first_us", "last_us"}
+        record = request_context("engine", show_path=True).record
+        first, last = EngineChunk(token_ids=[1]), EngineChunk(finish_reason="stop")
+        for chunk in (first, last):
+            record.answers(chunk)
+        assert to_wire(first) == {"token_ids": [1]}
+        assert to_wire(last)["path"].keys() == {"first_us", "last_us"}
 
     def test_it_tells_who_was_called_and_who_broke(self) -> None:
         path = RequestPath()
         path.calling(2**63).broke()
-        path.calling(255).received({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
+        path.calling(255).received(read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}}))
         first, second = path.to_json()["calls"]
         assert (first["instance"], first["is_broken"]) == ("8000000000000000", True)
         assert (second["instance"], second["stage"]) == ("ff", {"first_us": 1, "last_us": 2})
@@ -92,12 +96,12 @@ class TestAPath:
     )
     def test_what_a_worker_tells_is_checked(self, stage: Any) -> None:
         with pytest.raises(BadUpstream):
-            read_stage({"finish_reason": "stop", "path": stage})
+            read_engine_chunk({"finish_reason": "stop", "path": stage})
 
     @given(NEARLY_STAGES)
     def test_nothing_but_our_errors_escapes(self, data: Any) -> None:
         with suppress(BadUpstream):
-            read_stage({"path": data})
+            read_processor_chunk({"path": data})
 
 
 def duration_us(call: dict[str, Any]) -> int:

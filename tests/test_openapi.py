@@ -14,13 +14,14 @@ import httpx
 import pytest
 import schemathesis
 
+from common.arguments import FrontendArgs
 from common.errors import PipelineError
-from common.http.frontend_args import FrontendArgs
+from common.http.app import Pipeline as HttpPipeline
+from common.http.app import create_app
 from common.observability.metrics import Metrics
 from common.openai.openapi import openapi_document
 from common.openai.request import NO_OPS, ChatCompletionRequest
 from common.openai.strict_model import IGNORED
-from frontend import create_app
 from tests.frontends import frontend_beside
 from tests.processes import ROOT, Pipeline
 
@@ -90,7 +91,7 @@ def test_the_document_is_valid_openapi(is_key_required: bool) -> None:
 
 def test_every_route_is_in_the_document() -> None:
     nobody: Any = None
-    app = create_app(nobody, nobody, FrontendArgs(), Metrics("frontend"))
+    app = create_app(nobody, HttpPipeline(nobody, nobody, nobody), FrontendArgs(), Metrics("frontend"))
     routes = {route.path.replace(":path", "") for route in app.routes if getattr(route, "include_in_schema", False)}
     assert routes == set(openapi_document(is_key_required=False)["paths"])
 

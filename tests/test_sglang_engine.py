@@ -12,9 +12,9 @@ import pytest
 
 from bench.fake_sglang.engine import Engine
 from common.sglang.engine import SGLangEngine
-from common.sglang.output import Output
-from common.sglang.stream_pace import StreamPace
-from common.wire import OutputOptions
+from common.sglang.stream_pace import Output, StreamPace
+from common.wire import EngineDescription, EngineRequest, OutputOptions, StopConditions
+from tests.contexts import request_context
 
 FOREVER = 1_000_000
 
@@ -33,12 +33,14 @@ def engine(embedded_model: str) -> SGLangEngine:
     bare._engine = Engine(server_args=arguments)
     bare._tokenizer_manager = bare._engine.tokenizer_manager
     bare._pace = StreamPace()
+    bare.description = EngineDescription("bare", context_length=8192, vocab_size=49152)
     return bare
 
 
-def request(engine: SGLangEngine, *, stream: bool) -> AsyncGenerator[Output, None]:
-    options = OutputOptions(stream=stream)
-    return engine.generate([1, 2, 3], {"max_new_tokens": FOREVER}, rid="r", output_options=options)
+def request(engine: SGLangEngine, *, stream: bool, max_tokens: int = FOREVER) -> AsyncGenerator[Output, None]:
+    stop, options = StopConditions(max_tokens=max_tokens), OutputOptions(stream=stream)
+    asked = EngineRequest([1, 2, 3], stop_conditions=stop, output_options=options)
+    return engine.generate(asked, request_context("engine"))
 
 
 async def close_it(stream: AsyncGenerator[Output, None]) -> None:
@@ -56,7 +58,7 @@ async def cancel_it(stream: AsyncGenerator[Output, None]) -> None:
 @pytest.mark.parametrize(
     ("leave", "stream"),
     [(close_it, True), (cancel_it, True), (cancel_it, False)],
-    ids=["closed", "cancelled", "cancelled, whole"],
+    ids=["closed", "cancelled", "cancelled, non-streaming"],
 )
 def test_a_request_that_is_left_is_aborted(
     engine: SGLangEngine, leave: Callable[[AsyncGenerator[Output, None]], Coroutine[Any, Any, None]], stream: bool
@@ -78,8 +80,7 @@ def test_a_request_that_was_read_to_its_end_is_not_aborted(
     monkeypatch.setattr(engine._tokenizer_manager, "abort_request", lambda rid: aborted.append(rid))
 
     async def run() -> None:
-        options = OutputOptions(stream=True)
-        async for _ in engine.generate([1], {"max_new_tokens": 3}, rid="r", output_options=options):
+        async for _ in request(engine, stream=True, max_tokens=3):
             pass
         await asyncio.sleep(0.01)
 

@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from common.sglang.output import Output
 from common.sglang.stream_pace import (
     ITEMS_PER_SECOND,
     MAX_GAP_S,
     MAX_ITEMS_PER_SECOND,
     MAX_TOKENS_PER_ITEM,
     STREAMS_PER_TOKEN,
+    Output,
     StreamPace,
 )
 

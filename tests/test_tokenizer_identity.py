@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.dynamo.engine_directory import has_same_tokenizer
+from common.dynamo.directories import has_same_tokenizer
 from common.text.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription
 from tests.processes import ROOT

@@ -41,28 +41,29 @@ def _noting(holder: Any, name: str, *, before: str = "", after: str = "") -> Non
 
 
 def _watch(script: str) -> None:
-    from common import sampling, wire
     from common.dynamo import runtime
-    from common.http import request_id
-    from common.openai import request, responses
-    from common.text import chat_tokenizer, generated_text
+    from common.http import exchange, request_id
+    from common.observability import request_records
+    from common.openai import responses
+    from common.sglang import engine
+    from common.text import chat_tokenizer, choice, generated_text
 
     if script == "frontend":
         _noting(request_id.RequestId, "__call__", before="frontend has the headers")
-        _noting(request, "parse_chat_request", after="frontend has checked the request")
+        _noting(exchange, "parse_chat_request", after="frontend has checked the request")
         _noting(runtime.Client, "direct", before="frontend calls a processor")
-        _noting(wire, "read_processor_chunk", before="frontend has text")
+        _noting(responses.AnswerStream, "check", before="frontend has text")
         _noting(responses.AnswerStream, "events", after="frontend has an event")
     elif script == "processor":
-        _noting(request, "parse_chat_request", before="processor has the request")
+        _noting(request_records.RequestRecord, "asks", before="processor has the request")
         _noting(chat_tokenizer.ChatTokenizer, "encode_chat", after="processor has token ids")
         _noting(runtime.Client, "direct", before="processor calls an engine")
-        _noting(wire, "read_engine_chunk", before="processor has a token")
+        _noting(choice.Choice, "push", before="processor has a token")
         _noting(generated_text.GeneratedText, "push", after="processor has text")
     else:
-        _noting(wire, "read_engine_request", before="engine has the request")
-        _noting(sampling, "sglang_sampling_params", after="engine calls SGLang")
-        _noting(wire, "to_wire", before="engine has a token")
+        _noting(request_records.RequestRecord, "asks", before="engine has the request")
+        _noting(engine, "sglang_sampling_params", after="engine calls SGLang")
+        _noting(request_records.RequestRecord, "answers", before="engine has a token")
 
 
 def _write(path: Path) -> None:

@@ -9,13 +9,14 @@ one runtime a process leaves no such way: then the process ends and says so.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from common.dynamo import releases
 from common.dynamo.response_address import choose_response_address
 from common.dynamo.server_access import check_access
 from common.dynamo.servers import ServersMissing, wait_for_servers
+from common.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Connection:
         self._reconnecting = asyncio.Lock()
         self._served: dict[str, Any] = {}
         self._background: set[asyncio.Task[None]] = set()
-        self._metrics_text: Callable[[], str] | None = None
+        self._metrics: Metrics | None = None
 
     def run_in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -74,15 +75,20 @@ class Connection:
                 "and NATS_AUTH_*."
             ) from error
         self.generation += 1
-        if self._metrics_text is not None:
-            await self.expose_metrics(self._metrics_text)
+        if self._metrics is not None:
+            await self._expose(self._metrics)
         self.run_in_background(self._watch(self.raw, self.generation))
 
-    async def expose_metrics(self, metrics_text: Callable[[], str]) -> None:
-        """Show these metrics, in Prometheus' format, behind Dynamo's own at /metrics, if DYN_SYSTEM_PORT is set."""
-        self._metrics_text = metrics_text
+    async def metrics(self, component: str) -> Metrics:
+        """What this process counts: shown behind Dynamo's own metrics at /metrics, if DYN_SYSTEM_PORT is set."""
+        if self._metrics is None:
+            self._metrics = Metrics(component)
+            await self._expose(self._metrics)
+        return self._metrics
+
+    async def _expose(self, metrics: Metrics) -> None:
         endpoint = await releases.open_endpoint(self.raw, *_NOBODY, serve=False)
-        if not releases.expose_metrics(endpoint, metrics_text) and os.environ.get("DYN_SYSTEM_PORT"):
+        if not releases.expose_metrics(endpoint, metrics.text) and os.environ.get("DYN_SYSTEM_PORT"):
             logger.warning("this Dynamo shows none but its own metrics at DYN_SYSTEM_PORT")
 
     async def _watch(self, raw: Any, generation: int) -> None:

@@ -1,163 +1,212 @@
-"""A call that outlives the instance it started on.
+"""Calls that survive the failure of an instance.
 
-`FailoverClient` asks another instance when one fails. A stream that breaks midway goes on elsewhere with what is
-left to do, if its caller says how (`resume`), or from its beginning, if its caller can forget (`start_over`).
+`FailoverClient` calls another instance when one fails. An answer that breaks midway goes on elsewhere with what is
+left to do, if its protocol says how (`resume`), or from its beginning, if its caller can drop what it has
+(`on_restart`).
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from common.dynamo import releases
-from common.dynamo.cancellation import child_context
-from common.dynamo.instance_call import InstanceCall, InstanceFailed, NotTaken
-from common.dynamo.instance_pool import Among, InstancePool
+from common.dynamo.context import RequestContext as RequestContext
+from common.dynamo.context import child_context
+from common.dynamo.instances import Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
 from common.dynamo.payload_limit import too_large_for_nats
-from common.dynamo.runtime import Client, Context
-from common.errors import BadUpstream, PipelineError, Unavailable
-from common.observability.metrics import CallMetrics
-from common.observability.request_path import RequestPath
-from common.wire import SHOW_PATH, is_aborted, is_error, is_saying_something, is_terminal
+from common.dynamo.runtime import Client
+from common.errors import Aborted, BadUpstream, DeadlineExceeded, PipelineError, Unavailable
+from common.observability.metrics import Metrics
+from common.observability.request_records import CallRecord
+from common.wire import AnswerProtocol, C, to_wire
+
+T = TypeVar("T")
 
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
 _RETRY_PAUSE_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
 
-# The request as it should go to the next instance, given what has arrived already; or, where only the terminal dict
-# was still to come, that dict.
-Resume = Callable[[dict[str, Any], list[dict[str, Any]]], dict[str, Any]]
+# Which of the eligible instances gets an attempt: `async with choose(request, instance_ids) as instance_id`. The block
+# lasts as long as the attempt.
+Choose = Callable[[dict[str, Any], Sequence[int]], AbstractAsyncContextManager[int]]
 
 
-@dataclass
-class _LastChunk:
-    """A terminal dict that no instance lived to send."""
+class RoundRobin:
+    """The instances in turn."""
 
-    terminal: dict[str, Any]
+    def __init__(self) -> None:
+        self._turn = 0
 
-    def data(self) -> dict[str, Any]:
-        return self.terminal
+    @asynccontextmanager
+    async def __call__(self, _request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[int]:
+        self._turn += 1
+        yield instance_ids[self._turn % len(instance_ids)]
 
 
-class FailoverClient:
-    """Calls instances in turn, and calls another one when one fails.
+@dataclass(frozen=True, slots=True)
+class Chunk(Generic[C]):
+    """An item of an answer; `.data()` is the chapter's way to what is in it."""
 
-    resume: makes the request for what is left after some dicts were delivered; None means that a broken stream
-    cannot go on.
-    wait_s: how long a call waits for an instance, and for a first word of one, before it is `Unavailable`.
-    among: which instances may be called at all (default: all of them). misfit: what is wrong with the others.
+    _data: C
+
+    def data(self) -> C:
+        return self._data
+
+
+@dataclass(frozen=True)
+class CallLimits:
+    """wait_s: how long a call waits for an instance, and for a first word of one. answer_s: how long it may take."""
+
+    wait_s: float = 30.0
+    answer_s: float | None = None
+
+
+DEFAULT_LIMITS = CallLimits()
+
+
+class FailoverClient(Generic[C]):
+    """A client of one endpoint.
+
+    directory: which instances are eligible for a request. protocol: how to read their answers.
     """
 
     def __init__(
         self,
         client: Client,
-        metrics: CallMetrics,
-        *,
-        resume: Resume | None = None,
-        wait_s: float = 30.0,
-        among: Among | None = None,
-        misfit: str = "",
+        directory: Directory,
+        protocol: AnswerProtocol[C],
+        metrics: Metrics,
+        limits: CallLimits = DEFAULT_LIMITS,
     ) -> None:
-        self._client = client
-        self._metrics = metrics
-        self._resume = resume
-        self._wait_s = wait_s
-        self._among = among
-        self._instances = InstancePool(client, misfit=misfit)
+        self._client, self._limits = client, limits
+        self._protocol: AnswerProtocol[C] = protocol
+        self._metrics = metrics.calls_of(str(client), client.num_instances)
+        self._instances = Instances(client, directory)
+        self.choose: Choose = RoundRobin()
 
     async def generate(
         self,
-        request: dict[str, Any],
-        context: Context,
+        request: msgspec.Struct | dict[str, Any],
         *,
-        among: Among | None = None,
-        start_over: Callable[[], None] | None = None,
-        path: RequestPath | None = None,
-    ) -> AsyncGenerator[Any, None]:
+        context: RequestContext,
+        on_restart: Callable[[], None] | None = None,
+    ) -> AsyncGenerator[Chunk[C], None]:
         """The chunks of one answer, complete, from as many instances as it takes; none after `context` is stopped.
 
-        Leaving the generator early stops the worker.
+        Leaving the stream early stops the worker. on_restart: called where the caller shall drop what it has got,
+        because the answer begins anew.
 
-        among: which instances may answer (default: those of the client), asked again at each attempt.
-        start_over: called where the caller can forget what was delivered and take the answer from its beginning.
-        path: where the calls are noted, if anybody asked for that; the instances are asked for theirs, too.
-
-        Raises:
-            Unavailable: no instance within `wait_s`. RequestTooLarge: NATS would not carry the request.
+        Raises, while the stream is read:
+            Unavailable: no instance within `wait_s`. DeadlineExceeded: no end within `answer_s`.
+            RequestTooLarge: NATS would not carry the request.
             BadUpstream: MAX_BROKEN_CALLS instances broke over it, or one broke midway and the answer cannot go on.
+            PipelineError: what the worker answered.
         """
-        if path is not None:
-            request = {**request, SHOW_PATH: True}
-        delivered: list[dict[str, Any]] = []
-        num_choices = request.get("n") or 1
+        wire = to_wire(request) if isinstance(request, msgspec.Struct) else request
+        answer = self._answer(context.record.envelope.around(wire), context, on_restart)
+        return answer if self._limits.answer_s is None else within(self._limits.answer_s, answer)
+
+    async def _answer(
+        self, request: dict[str, Any], context: RequestContext, on_restart: Callable[[], None] | None
+    ) -> AsyncGenerator[Chunk[C], None]:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._wait_s
+        deadline = loop.time() + self._limits.wait_s
         num_broken_calls = 0
         while num_broken_calls < MAX_BROKEN_CALLS:
-            instance_id = await self._instances.next(context, among or self._among, deadline)
-            if instance_id is None:
+            eligible = await self._instances.eligible(request, context, deadline)
+            if not eligible:
                 return
-            notes = path.calling(instance_id) if path is not None else None
-            num_finished = num_empty = 0
+            delivered: list[C] = []
             try:
-                async with aclosing(self._call(request, instance_id, context)) as stream:
-                    async for chunk in stream:
-                        data = chunk.data()
-                        if is_aborted(data):
-                            raise InstanceFailed("it gave the request up")
-                        num_empty = 0 if is_saying_something(data) else num_empty + 1
-                        if num_empty > MAX_EMPTY_CHUNKS:
-                            raise BadUpstream(f"An instance of {self._client} says nothing, again and again.")
-                        delivered.append(data)
-                        if notes is not None:
-                            notes.received(data)
-                        yield chunk
-                        num_finished += is_terminal(data)
-                        if num_finished == num_choices or is_error(data):
-                            await _read_to_the_end(stream)
-                            return
-                raise InstanceFailed("its stream ended without a finish_reason")
+                async with self.choose(request, eligible) as instance_id:
+                    async with aclosing(self._attempt(request, instance_id, context)) as chunks:
+                        async for chunk in chunks:
+                            delivered.append(chunk)
+                            yield Chunk(chunk)
+                    return
             except InstanceFailed as failure:
                 if context.is_stopped():
                     return
                 self._instances.quarantine(instance_id, failure)
-                if not isinstance(failure, NotTaken):  # until now it was being answered, and nobody waited for
+                if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
                     num_broken_calls += 1
-                    deadline = loop.time() + self._wait_s
-                if notes is not None:
-                    notes.broke()
+                    deadline = loop.time() + self._limits.wait_s
             if loop.time() > deadline:
                 raise Unavailable(f"No instance of {self._client} answers.")
-            if delivered and start_over is not None:
-                start_over()
-            elif delivered:
-                if self._resume is None:
-                    raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
-                request = self._resume(request, delivered)
-                if is_terminal(request):
-                    yield _LastChunk(request)
-                    return
             (self._metrics.migrations if delivered else self._metrics.retries).inc()
-            delivered = []
+            if delivered and on_restart is not None:
+                on_restart()
+            elif delivered:
+                rest = self._rest_of(request, delivered)
+                if not isinstance(rest, dict):
+                    yield Chunk(rest)
+                    return
+                request = rest
             await asyncio.sleep(_RETRY_PAUSE_S)
         raise BadUpstream(f"{MAX_BROKEN_CALLS} calls of {self._client} broke; giving up on this request.")
 
-    async def _call(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncGenerator[Any, None]:
+    def _rest_of(self, request: dict[str, Any], delivered: list[C]) -> dict[str, Any] | C:
+        if self._protocol.resume is None:
+            raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
+        return self._protocol.resume(request, delivered)
+
+    async def _attempt(
+        self, request: dict[str, Any], instance_id: int, context: RequestContext
+    ) -> AsyncGenerator[C, None]:
+        """The chunks of one instance, until it has finished all choices.
+
+        Raises:
+            InstanceFailed: it has not.
+        """
+        call = context.record.calling(instance_id)
+        num_unfinished, num_empty = request.get("n") or 1, 0
         try:
-            with child_context(context) as call_context:
+            async with aclosing(self._call(request, instance_id, context)) as stream:
+                async for item in stream:
+                    chunk = self._read(item.data(), call)
+                    num_empty = 0 if chunk.has_content or chunk.finish_reason else num_empty + 1
+                    if num_empty > MAX_EMPTY_CHUNKS:
+                        raise BadUpstream(f"An instance of {self._client} says nothing, again and again.")
+                    yield chunk
+                    num_unfinished -= chunk.finish_reason is not None
+                    if not num_unfinished:
+                        await _read_to_the_end(stream)
+                        return
+            raise InstanceFailed("its stream ended without a finish_reason")
+        except InstanceFailed:
+            call.broke()
+            raise
+
+    def _read(self, data: Any, call: CallRecord) -> C:
+        try:
+            chunk = self._protocol.read(data)
+        except Aborted as aborted:
+            raise InstanceFailed("it gave the request up") from aborted
+        call.received(chunk)
+        return chunk
+
+    async def _call(
+        self, request: dict[str, Any], instance_id: int, context: RequestContext
+    ) -> AsyncGenerator[Any, None]:
+        """Dynamo's items, from one call of one instance."""
+        try:
+            with child_context(context.raw) as call_context:
                 call = InstanceCall(call_context, self._client.generation)
                 with self._instances.calling(instance_id, call):
                     stream = await call.wait_for(self._client.direct(request, instance_id, context=call_context))
-                    call.is_taken = True
+                    call.is_delivered = True
                     while True:
                         try:
-                            chunk = await call.wait_for(anext(stream))
+                            item = await call.wait_for(anext(stream))
                         except StopAsyncIteration:
                             return
                         call.heard_at = asyncio.get_running_loop().time()
-                        yield chunk
+                        yield item
         except InstanceFailed:
             raise
         except Exception as error:
@@ -166,7 +215,7 @@ class FailoverClient:
             if too_large := await too_large_for_nats(request, error):
                 raise too_large from error
             self._instances.give_up_on(instance_id)
-            kind = NotTaken if releases.is_unanswered(error) else InstanceFailed
+            kind = NotDelivered if releases.is_unanswered(error) else InstanceFailed
             raise kind(str(error)) from error
 
 
@@ -176,3 +225,23 @@ async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:
         async with asyncio.timeout(_CLOSING_TIMEOUT_S):
             async for _ in stream:
                 pass
+
+
+async def within(timeout_s: float, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The items of `stream`.
+
+    Raises:
+        DeadlineExceeded: it had not ended after `timeout_s`.
+    """
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    try:
+        async with aclosing(stream):
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        item = await anext(stream)
+                except StopAsyncIteration:
+                    return
+                yield item
+    except TimeoutError:
+        raise DeadlineExceeded(f"The answer took longer than {timeout_s:g} seconds.") from None

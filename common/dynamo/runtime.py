@@ -25,7 +25,8 @@ from common.dynamo.releases import Context
 from common.dynamo.response_address import VARIABLE, is_out_of_reach
 from common.dynamo.server_access import is_lease_known
 from common.dynamo.servers import ServersMissing
-from common.observability.logs import configure_dynamo_logging
+from common.dynamo.service import service
+from common.observability.logs import log_json_lines
 
 __all__ = [
     "DRAIN_TIMEOUT_S",
@@ -44,6 +45,12 @@ MAX_REFUSALS = 3
 P = ParamSpec("P")
 Running = Coroutine[Any, Any, None]
 Handler = Callable[[dict[str, Any], Context], AsyncGenerator[dict[str, Any], None]]
+
+
+def configure_dynamo_logging() -> None:
+    """The chapter's call: one logger for Python and Rust, so that all lines look the same."""
+    releases.configure_dynamo_logging()
+    log_json_lines()
 
 
 class DistributedRuntime(Connection):
@@ -82,9 +89,11 @@ class Endpoint:
     async def open(self, *, serve: bool) -> Any:
         return await releases.open_endpoint(self._runtime.raw, *self._path, serve=serve)
 
-    async def serve_endpoint(self, handler: Handler) -> None:
+    async def serve_endpoint(self, handler: "Handler | service[Any]") -> None:
         """Answer requests with the dicts that `handler(request, context)` yields, until the process is stopped."""
         runtime = self._runtime
+        if isinstance(handler, service):
+            handler.count_in(await runtime.metrics(self._path[1]))
         counted = self._counting(handler)
         has_served, num_refusals = False, 0
         while not runtime.is_stopping.is_set():
@@ -191,6 +200,15 @@ class Client:
         stream: AsyncIterator[Any] = await raw.round_robin(request, context=context)
         releases.repeat_early_stop(context)
         return stream
+
+    async def ask(self, question: dict[str, Any], instance_id: int) -> Any:
+        """One question to one instance: the first dict of its answer, which needs no finish_reason.
+
+        Raises:
+            Exception: what the runtime raises, among them StopAsyncIteration where there is no answer.
+        """
+        stream = await self.direct(question, instance_id, context=Context())
+        return (await anext(stream)).data()
 
     async def direct(
         self, request: dict[str, Any], instance_id: int, context: Context | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from common.dynamo.model_directory import ModelDirectory
+from common.dynamo.directories import ModelDirectory
 from common.dynamo.runtime import Client
 
 PAGE = Path(__file__).with_suffix(".html")

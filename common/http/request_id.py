@@ -13,8 +13,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.http.admission import CHAT_PATH
+from common.observability.request_path import HEADER as SHOW_PATH_HEADER
 from common.observability.request_records import RequestRecords
-from common.wire import Origin
+from common.wire import Envelope
 
 logger = logging.getLogger("frontend")
 
@@ -26,9 +27,10 @@ _QUIET_PATHS = ("/health", "/ready", "/metrics", "/pipeline")
 class RequestId:
     """Puts the id into `scope["state"]["request_id"]` and the answer's headers, and logs a line a request."""
 
-    def __init__(self, app: ASGIApp, records: RequestRecords) -> None:
+    def __init__(self, app: ASGIApp, records: RequestRecords, *, is_path_shown: bool) -> None:
         self._app = app
         self._records = records
+        self._is_path_shown = is_path_shown
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,8 +46,9 @@ class RequestId:
         await answered(request_id, scope, receive, send)
 
     async def _chat(self, request_id: str, scope: Scope, receive: Receive, send: Send) -> None:
-        traceparent = Headers(scope=scope).get("traceparent", "")
-        with self._records.begin(Origin(request_id, traceparent)) as record:
+        headers = Headers(scope=scope)
+        is_path_shown = self._is_path_shown and headers.get(SHOW_PATH_HEADER) == "1"
+        with self._records.begin(Envelope(request_id, headers.get("traceparent", ""), is_path_shown)) as record:
             scope["state"]["record"] = record
             record.about = f"POST {CHAT_PATH}"
 

@@ -5,11 +5,13 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import uvicorn
 
+from common.arguments import FrontendArgs
 from common.dynamo.runtime import DRAIN_TIMEOUT_S, DistributedRuntime
+from common.http.app import ChatRoute, create_app
+from common.http.app import Pipeline as Pipeline
 from common.http.deadlines import limit_unread, protocol_with
 
 _BACKLOG = 2048
@@ -30,24 +32,16 @@ def _listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
 
 
 async def serve_http(
-    app: Any,
-    runtime: DistributedRuntime,
-    *,
-    host: str,
-    port: int,
-    is_port_shared: bool,
-    header_timeout_s: float,
-    body_timeout_s: float,
-    send_timeout_s: float,
+    chat_completions: ChatRoute, pipeline: Pipeline, runtime: DistributedRuntime, args: FrontendArgs
 ) -> None:
     """Serve until the worker is told to stop; then finish the requests in flight, up to DRAIN_TIMEOUT_S."""
     config = uvicorn.Config(
-        app,
+        create_app(chat_completions, pipeline, args, await runtime.metrics("frontend")),
         http=protocol_with(
-            header_timeout_s=header_timeout_s,
+            header_timeout_s=args.header_timeout_s,
             # The app itself answers 408 first; this is for a client that goes on sending after that.
-            body_timeout_s=body_timeout_s + 1,
-            send_timeout_s=send_timeout_s,
+            body_timeout_s=args.body_timeout_s + 1,
+            send_timeout_s=args.send_timeout_s,
         ),
         loop="none",
         lifespan="off",
@@ -64,8 +58,8 @@ async def serve_http(
         server.should_exit = True
 
     runtime.run_in_background(stop_with_worker())
-    listener = _listen(host, port, is_shared=is_port_shared)
-    limit_unread(listener, send_timeout_s)
+    listener = _listen(args.host, args.port, is_shared=args.is_port_shared)
+    limit_unread(listener, args.send_timeout_s)
     try:
         await server.serve(sockets=[listener])
     finally:

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 
 import orjson
 
-from common.dynamo import releases
 from common.environment import is_on
 
 
@@ -32,9 +31,8 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line | getattr(record, "fields", {}), default=str).decode()
 
 
-def configure_dynamo_logging() -> None:
-    """The chapter's call: one logger for Python and Rust, so that all lines look the same."""
-    releases.configure_dynamo_logging()
+def log_json_lines() -> None:
+    """Write Python's log records as JSON lines, where DYN_LOGGING_JSONL asks for that."""
     if not is_on("DYN_LOGGING_JSONL"):
         return
     logging.captureWarnings(True)

@@ -4,6 +4,8 @@ All three processes use the same names with a label `component`; docs/observabil
 labelled metrics are looked up once, when the process starts or with a request, and never with a chunk.
 """
 
+from collections.abc import Callable
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -14,8 +16,6 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-
-from common.dynamo.runtime import Client
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -78,10 +78,9 @@ class Metrics:
         """The counter for one outcome: "ok", "cancelled", or an error's code."""
         return self._requests.labels(self.component, outcome)
 
-    def calls_of(self, client: Client) -> "CallMetrics":
+    def calls_of(self, endpoint: str, num_instances: Callable[[], int]) -> "CallMetrics":
         """The metrics of calling one endpoint."""
-        endpoint = str(client)
-        self._instances.labels(self.component, endpoint).set_function(lambda: client.num_instances())
+        self._instances.labels(self.component, endpoint).set_function(num_instances)
         return CallMetrics(
             self._retries.labels(self.component, endpoint), self._migrations.labels(self.component, endpoint)
         )

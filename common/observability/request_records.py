@@ -12,7 +12,8 @@ from common.errors import InternalError, PipelineError
 from common.observability.metrics import Metrics
 from common.observability.request_path import RequestPath
 from common.observability.tracing import RequestSpan, tracer_for
-from common.wire import Origin, ProcessorChunk
+from common.openai.request import ChatCompletionRequest
+from common.wire import EngineChunk, EngineRequest, Envelope, ProcessorChunk
 
 OK = "ok"
 CANCELLED = "cancelled"
@@ -23,67 +24,82 @@ class RequestRecord:
 
     model: the name asked for. num_prompt_tokens, num_completion_tokens: so far. is_streamed: whether the times of
     single tokens say something. time_to_first_token_s: from arrival, None where there was none, or no stream.
-    path: which way the request went, where somebody asks for that.
+    path: where the request went, for those who ask to see it.
     outcome: "ok", "cancelled" or an error's code; an exception that ends the block says it, too.
     """
 
-    def __init__(self, metrics: Metrics, logger: logging.Logger, span: RequestSpan, request_id: str) -> None:
-        self._metrics, self._logger, self._span = metrics, logger, span
-        self._request_id = request_id
+    def __init__(self, metrics: Metrics, logger: logging.Logger, span: RequestSpan, envelope: Envelope) -> None:
+        self.metrics, self._logger, self._span = metrics, logger, span
+        self._request_id = envelope.request_id
         self.about = self.model = ""
         self.num_prompt_tokens = self.num_completion_tokens = 0
         self.is_streamed = False
         self.time_to_first_token_s: float | None = None
-        self.path: RequestPath | None = None
+        self.path = RequestPath() if envelope.show_path else None
         self.outcome = CANCELLED  # until something else is known
+        self._num_choices = 1
+        self._tokens = TokenTimes(self)
         self._started_s = time.monotonic()
-        self._last_s: dict[int, float] = {}
         self._details: dict[str, Any] = {}
 
     @property
-    def origin(self) -> Origin:
-        """For the next process on the request's way."""
-        return Origin(self._request_id, self._span.traceparent)
+    def envelope(self) -> Envelope:
+        """For the calls that are made to answer the request."""
+        return Envelope(self._request_id, self._span.traceparent, self.path is not None)
 
-    def _first_token(self) -> None:
-        self.time_to_first_token_s = time.monotonic() - self._started_s
-        self._metrics.time_to_first_token.observe(self.time_to_first_token_s)
+    def asks(self, request: ChatCompletionRequest | EngineRequest) -> None:
+        """Note what is asked for."""
+        if isinstance(request, EngineRequest):
+            self.num_prompt_tokens, self.is_streamed = len(request.token_ids), request.output_options.stream
+        else:
+            self.model, self.is_streamed, self._num_choices = request.model, request.stream, request.n
 
-    def add_tokens(self, num_tokens: int, choice: int = 0) -> None:
-        """Note the tokens of a chunk that has just come. choice: which of several answers it is part of."""
-        self.num_completion_tokens += num_tokens
-        if not self.is_streamed or not num_tokens:
-            return
-        now_s = time.monotonic()
-        if (last_s := self._last_s.get(choice)) is not None:
-            self._metrics.inter_token_latency.observe((now_s - last_s) / num_tokens)
-        elif not self._last_s:
-            self._first_token()
-        self._last_s[choice] = now_s
+    def calling(self, instance_id: int) -> "CallRecord":
+        """For one call of an instance, made to answer the request."""
+        return CallRecord(self, instance_id)
 
-    def add_text(self, chunk: ProcessorChunk, num_choices: int) -> None:
+    def answers(self, chunk: ProcessorChunk | EngineChunk) -> None:
+        """Note a chunk that is about to leave. The last one takes the path along, where it is asked for."""
+        if isinstance(chunk, EngineChunk):
+            self._tokens.add(len(chunk.token_ids))
+        if chunk.finish_reason is not None and (isinstance(chunk, EngineChunk) or chunk.usage is not None):
+            self.finish(chunk.finish_reason)
+        if self.path is not None:
+            self.path.answering()
+            if chunk.finish_reason is not None:
+                chunk.path = self.path.trace
+
+    def add_text(self, chunk: ProcessorChunk) -> None:
         """Note a chunk that has just come: text, and with the last one how many tokens it took."""
-        if chunk.content and self.is_streamed and self.time_to_first_token_s is None:
-            self._first_token()
+        if chunk.content:
+            self.first_token()
         if chunk.usage is None:
             return
         self.num_prompt_tokens, self.num_completion_tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-        num_later_tokens = self.num_completion_tokens / num_choices - 1
+        num_later_tokens = self.num_completion_tokens / self._num_choices - 1
         if self.time_to_first_token_s is not None and num_later_tokens > 0:
             generating_s = time.monotonic() - self._started_s - self.time_to_first_token_s
-            self._metrics.time_per_output_token.observe(generating_s / num_later_tokens)
+            self.metrics.time_per_output_token.observe(generating_s / num_later_tokens)
 
-    def finish(self, finish_reason: str | None = None, *, queue_time_s: float | None = None) -> None:
-        """Note that the answer is complete. queue_time_s: how long the request had waited, if that is known."""
+    def first_token(self) -> None:
+        """Note the first token of a stream; later ones may call this, too."""
+        if self.is_streamed and self.time_to_first_token_s is None:
+            self.time_to_first_token_s = time.monotonic() - self._started_s
+            self.metrics.time_to_first_token.observe(self.time_to_first_token_s)
+
+    def waited(self, queue_time_s: float) -> None:
+        """Note how long the request was in SGLang's queue."""
+        self._details["queue_time_s"] = round(queue_time_s, 6)
+        self.metrics.queue_time.observe(queue_time_s)
+
+    def finish(self, finish_reason: str | None = None) -> None:
+        """Note that the answer is complete."""
         self.outcome = OK
         if finish_reason is not None:
             self._details["finish_reason"] = finish_reason
-        if queue_time_s is not None:
-            self._details["queue_time_s"] = round(queue_time_s, 6)
-            self._metrics.queue_time.observe(queue_time_s)
 
     def __enter__(self) -> "RequestRecord":
-        self._metrics.in_flight.inc()
+        self.metrics.in_flight.inc()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -92,11 +108,11 @@ class RequestRecord:
             self.outcome = error.outcome
         elif isinstance(error, Exception):  # not GeneratorExit and CancelledError
             self.outcome = InternalError.code
-        self._metrics.in_flight.dec()
-        self._metrics.requests(self.outcome).inc()
-        self._metrics.duration.observe(duration_s)
-        self._metrics.prompt_tokens.inc(self.num_prompt_tokens)
-        self._metrics.completion_tokens.inc(self.num_completion_tokens)
+        self.metrics.in_flight.dec()
+        self.metrics.requests(self.outcome).inc()
+        self.metrics.duration.observe(duration_s)
+        self.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        self.metrics.completion_tokens.inc(self.num_completion_tokens)
         fields = self._fields(duration_s)
         self._span.end(fields)
         # stacklevel: the line is the handler's, not this module's.
@@ -127,6 +143,46 @@ class RequestRecord:
         return {name: value for name, value in fields.items() if value != ""}
 
 
+class TokenTimes:
+    """How fast the tokens of one sequence come."""
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+        self._last_s: float | None = None
+
+    def add(self, num_tokens: int) -> None:
+        """Note the tokens of a chunk that has just come."""
+        self._record.num_completion_tokens += num_tokens
+        if not self._record.is_streamed or not num_tokens:
+            return
+        self._record.first_token()
+        now_s = time.monotonic()
+        if self._last_s is not None:
+            self._record.metrics.inter_token_latency.observe((now_s - self._last_s) / num_tokens)
+        self._last_s = now_s
+
+
+class CallRecord:
+    """What a caller notes about one call of an instance."""
+
+    def __init__(self, record: RequestRecord, instance_id: int) -> None:
+        self._record = record
+        self._tokens = TokenTimes(record)
+        self._notes = record.path.calling(instance_id) if record.path else None
+
+    def received(self, chunk: ProcessorChunk | EngineChunk) -> None:
+        if isinstance(chunk, EngineChunk):
+            self._tokens.add(len(chunk.token_ids))
+        else:
+            self._record.add_text(chunk)
+        if self._notes is not None:
+            self._notes.received(chunk)
+
+    def broke(self) -> None:
+        if self._notes is not None:
+            self._notes.broke()
+
+
 class RequestRecords:
     """Begins the records of one process' requests, with the process' own metrics, logger and spans."""
 
@@ -135,7 +191,7 @@ class RequestRecords:
         self._logger = logging.getLogger(metrics.component)
         self._tracer = tracer_for(metrics.component)
 
-    def begin(self, origin: Origin) -> RequestRecord:
+    def begin(self, envelope: Envelope) -> RequestRecord:
         is_first = self._metrics.component == "frontend"
-        span = RequestSpan(self._tracer, self._metrics.component, origin.traceparent, is_first=is_first)
-        return RequestRecord(self._metrics, self._logger, span, origin.request_id)
+        span = RequestSpan(self._tracer, self._metrics.component, envelope.traceparent, is_first=is_first)
+        return RequestRecord(self._metrics, self._logger, span, envelope)

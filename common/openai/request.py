@@ -6,7 +6,7 @@ Anything not named here is refused by name, unless it has the value that changes
 import re
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from common.errors import InvalidRequest
 from common.openai.messages import Message
@@ -82,6 +82,7 @@ class ChatCompletionRequest(StrictModel):
     stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    _as_sent: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":
@@ -92,6 +93,11 @@ class ChatCompletionRequest(StrictModel):
         if not all(re.fullmatch(_TOKEN_ID, token_id) for token_id in self.logit_bias or {}):
             raise ValueError("logit_bias: the keys must be token ids")
         return self
+
+    @property
+    def as_sent(self) -> dict[str, Any]:
+        """The JSON that the client sent."""
+        return self._as_sent
 
     @property
     def stop_strings(self) -> list[str]:
@@ -133,7 +139,9 @@ def parse_chat_request(data: Any) -> ChatCompletionRequest:
     if not isinstance(data, dict):
         raise InvalidRequest("The body must be a JSON object.")
     try:
-        return ChatCompletionRequest.model_validate(data)
+        request = ChatCompletionRequest.model_validate(data)
+        request._as_sent = data
+        return request
     except ValidationError as invalid:
         error = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
     param = _path(error["loc"])

@@ -1,16 +1,20 @@
 """`sglang.Engine` as the engine script uses it: start, describe, generate, abort, shut down."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import os
+import signal
+import uuid
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from common.dynamo.context import RequestContext, when_stopped
 from common.errors import Aborted, InvalidRequest
-from common.sglang.engine_args import keep_ports_local
-from common.sglang.output import Output
-from common.sglang.stream_pace import StreamPace
+from common.sampling import sglang_sampling_params
+from common.sglang.engine_args import keep_ports_local, parse_engine_args
+from common.sglang.stream_pace import Output, StreamPace
 from common.text.tokenizer_identity import tokenizer_sha256
-from common.wire import EngineDescription, OutputOptions
+from common.wire import EngineChunk, EngineDescription, EngineRequest
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -27,6 +31,7 @@ class SGLangEngine:
         keep_ports_local(server_args)
         self._engine = Engine(server_args=server_args)
         self._tokenizer_manager = self._engine.tokenizer_manager
+        self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
         model_config = self._tokenizer_manager.model_config
         self.description = EngineDescription(
@@ -39,65 +44,96 @@ class SGLangEngine:
             ),
         )
 
+    @classmethod
+    def from_args(cls, argv: Sequence[str]) -> "SGLangEngine":
+        """The engine that a command line describes; see `parse_engine_args`."""
+        return cls(parse_engine_args(argv))
+
     def __enter__(self) -> "SGLangEngine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._engine.shutdown()
 
-    def leave_signals_to(self, request_stop: Callable[[], None]) -> None:
-        """SGLang takes SIGTERM for itself with its first request; hand it on to where it was."""
-        from sglang.srt.managers.tokenizer_manager import SignalHandler
-
-        class HandedOn(SignalHandler):  # type: ignore[misc]
-            def sigterm_handler(self, signum: Any = None, frame: Any = None) -> None:
-                request_stop()
-
-        self._tokenizer_manager.signal_handler_class = HandedOn
-
-    async def generate(
-        self,
-        token_ids: list[int],
-        sampling_params: dict[str, Any],
-        *,
-        rid: str,
-        output_options: OutputOptions,
-    ) -> AsyncGenerator[Output, None]:
-        """SGLang's items for one request; one item for everything where nobody streams. Leaving early aborts it.
+    async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Output, None]:
+        """SGLang's items for one request; only the last one where nobody streams. Leaving early aborts the request.
 
         Raises:
             InvalidRequest: SGLang does not take these parameters.
             Aborted: the request was aborted, by us or because SGLang is going down.
         """
-        if output_options.stream:
-            sampling_params["stream_interval"] = self._pace.tokens_per_item()
-        call = {
-            "input_ids": token_ids,
-            "sampling_params": sampling_params,
-            "rid": rid,
-            "stream": output_options.stream,
-            "return_logprob": output_options.logprobs is not None,
-            "top_logprobs_num": output_options.logprobs or 0,
-        }
+        if request.sampling_options.seed is not None and not self.description.is_seed_supported:
+            raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
+        rid = uuid.uuid4().hex  # unique, and never the prefix of another one
         loop, is_complete = asyncio.get_running_loop(), False
         try:
-            response = await self._engine.async_generate(**call)
-            if not output_options.stream:
-                is_complete = True
-                yield _checked(response)
-                return
-            async for output in self._pace.paced(response):
-                yield _checked(output)
+            with when_stopped(context, lambda: self._abort(rid)):
+                async for output in self._outputs(request, rid):
+                    if (queue_time_s := output["meta_info"].get("queue_time")) is not None and _is_last(output):
+                        context.record.waited(queue_time_s)
+                    yield output
             is_complete = True
         except ValueError as error:
             raise InvalidRequest(f"The engine does not take this request: {error}.") from error
         finally:
             if not is_complete:
                 with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(self.abort, rid)  # Dynamo may drop a stream in a thread of its own
+                    loop.call_soon_threadsafe(self._abort, rid)  # Dynamo may drop a stream in a thread of its own
 
-    def abort(self, rid: str) -> None:
+    async def _outputs(self, request: EngineRequest, rid: str) -> AsyncGenerator[Output, None]:
+        options = request.output_options
+        sampling_params = sglang_sampling_params(request)
+        if options.stream:
+            sampling_params["stream_interval"] = self._pace.tokens_per_item()
+        response = await self._engine.async_generate(
+            input_ids=request.token_ids,
+            sampling_params=sampling_params,
+            rid=rid,
+            stream=options.stream,
+            return_logprob=options.logprobs is not None,
+            top_logprobs_num=options.logprobs or 0,
+        )
+        if not options.stream:
+            yield _checked(response)
+            return
+        async for output in self._pace.paced(response):
+            yield _checked(output)
+
+    def _abort(self, rid: str) -> None:
         self._tokenizer_manager.abort_request(rid=rid)
+
+
+def _sigterm_as_sigint() -> type:
+    """SGLang takes SIGTERM for itself with its first request. SIGINT means the same here, and is still the worker's."""
+    from sglang.srt.managers.tokenizer_manager import SignalHandler
+
+    class SigtermAsSigint(SignalHandler):  # type: ignore[misc]
+        def sigterm_handler(self, signum: Any = None, frame: Any = None) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return SigtermAsSigint
+
+
+def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
+    """What SGLang's item adds: it repeats all tokens of the answer each time, the new ones last."""
+    meta_info = output["meta_info"]
+    finish_reason = meta_info["finish_reason"]
+    chunk = EngineChunk(
+        token_ids=output["output_ids"][num_output_tokens_so_far:],
+        finish_reason=finish_reason["type"] if finish_reason else None,
+    )
+    if (logprobs := meta_info.get("output_token_logprobs")) is not None:
+        chunk.log_probs = [logprob for logprob, _, _ in logprobs[num_output_tokens_so_far:]]
+    if top_logprobs := meta_info.get("output_top_logprobs"):
+        chunk.top_logprobs = [
+            [(token_id, logprob) for logprob, token_id, _ in best or ()]
+            for best in top_logprobs[num_output_tokens_so_far:]
+        ]
+    return chunk
+
+
+def _is_last(output: Output) -> bool:
+    return output["meta_info"]["finish_reason"] is not None
 
 
 def _checked(output: Output) -> Output:

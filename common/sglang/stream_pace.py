@@ -9,8 +9,7 @@ the gaps grow. The first token always comes at once.
 import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
-
-from common.sglang.output import Output
+from typing import Any, TypedDict
 
 MAX_GAP_S = 0.05
 # What the processes pass on at ease; more streams than this allows make the gaps grow towards MAX_GAP_S.
@@ -23,6 +22,13 @@ MAX_TOKENS_PER_ITEM = 64
 STREAMS_PER_TOKEN = 64
 # How much of what was measured is kept with each item: the speed of the last few thousand tokens counts.
 _MEMORY = 0.998
+
+
+class Output(TypedDict):
+    """What SGLang yields. output_ids: all tokens of the answer so far, the newest last."""
+
+    output_ids: list[int]
+    meta_info: dict[str, Any]
 
 
 class StreamPace:

@@ -6,8 +6,7 @@ from typing import cast
 
 import pytest
 
-from common.dynamo.instance_call import InstanceCall, InstanceFailed
-from common.dynamo.instance_pool import InstancePool
+from common.dynamo.instances import Directory, InstanceCall, InstanceFailed, Instances
 from common.dynamo.runtime import Client, Context
 
 
@@ -29,9 +28,9 @@ class LeftEtcd:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.dynamo.instance_pool._LOOK_S", 0.005)
-    monkeypatch.setattr("common.dynamo.instance_pool.SILENCE_WITHOUT_LEASE_S", 0.02)
-    monkeypatch.setattr("common.dynamo.instance_pool.SILENCE_S", 0.2)
+    monkeypatch.setattr("common.dynamo.instances._LOOK_S", 0.005)
+    monkeypatch.setattr("common.dynamo.instances.SILENCE_WITHOUT_LEASE_S", 0.02)
+    monkeypatch.setattr("common.dynamo.instances.SILENCE_S", 0.2)
 
 
 def why_given_up(client: LeftEtcd, then: Callable[[], None] = lambda: None) -> str:
@@ -39,7 +38,7 @@ def why_given_up(client: LeftEtcd, then: Callable[[], None] = lambda: None) -> s
 
     async def scenario() -> str:
         call = InstanceCall(Context(), client.generation)
-        with InstancePool(cast("Client", client)).calling(1, call):
+        with Instances(cast("Client", client), cast("Directory", None)).calling(1, call):
             then()
             async with asyncio.timeout(5):
                 with pytest.raises(InstanceFailed) as failure:

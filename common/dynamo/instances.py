@@ -1,4 +1,4 @@
-"""Which instance to call next: round robin over those that did not just fail.
+"""The instances of one endpoint: which may be called now, and which calls of them must be given up.
 
 A killed instance stays in etcd until its lease ends (10 s), so etcd alone would send every other call to it.
 """
@@ -6,10 +6,11 @@ A killed instance stays in etcd until its lease ends (10 s), so etcd alone would
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
-from common.dynamo.instance_call import InstanceCall
+from common.dynamo.context import RequestContext
 from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, Context
 from common.errors import Unavailable
 
@@ -24,25 +25,80 @@ _LOOK_S = 1.0
 SILENCE_S = DRAIN_TIMEOUT_S + 5.0
 SILENCE_WITHOUT_LEASE_S = 5.0
 
-Among = Callable[[], Awaitable[set[int]]]
+T = TypeVar("T")
 
 
-class InstancePool:
-    """The instances of one endpoint, as this process has found them to be.
+class Directory(Protocol):
+    """Knows which instances are eligible. ineligible_reason: what is wrong with the others, for an error message."""
 
-    misfit: what is wrong with those that a call may not use, for its error message.
+    ineligible_reason: str
+
+    async def eligible(self, request: dict[str, Any]) -> Collection[int]: ...
+
+
+class InstanceFailed(Exception):
+    """The instance went away before its stream was complete."""
+
+
+class NotDelivered(InstanceFailed):
+    """The instance was not there: the request has not reached it."""
+
+
+class InstanceCall:
+    """A stream that is being waited for.
+
+    is_delivered: whether the instance has accepted the request; a non-streaming answer is then silent until its end.
+    heard_at: when its last dict came, on the event loop's clock; None before the first. generation: of our connection.
     """
 
-    def __init__(self, client: Client, *, misfit: str = "") -> None:
-        self._client = client
-        self._misfit = misfit
+    def __init__(self, context: Context, generation: int) -> None:
+        self.generation = generation
+        self.is_delivered = False
+        self.heard_at: float | None = None
+        self._context = context
+        self._awaited: asyncio.Future[Any] | None = None
+        self._failure: InstanceFailed | None = None
+
+    async def wait_for(self, awaitable: Awaitable[T]) -> T:
+        """What comes of `awaitable`, unless the call is given up meanwhile.
+
+        Raises:
+            InstanceFailed: it was given up.
+        """
+        future = asyncio.ensure_future(awaitable)
+        self._awaited = future
+        if self._failure is not None:  # while nobody was waiting
+            future.cancel()
+        try:
+            result = await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._failure is None or (task is not None and task.cancelling()):  # it is we who are cancelled
+                raise
+            raise self._failure from None
+        if self._failure is not None:  # a first dict that was on its way; the others will not come
+            raise self._failure
+        return result
+
+    def give_up(self, reason: str) -> None:
+        """End the waiting. Dynamo itself would go on: up to 10 s for a connection, indefinitely when there is one."""
+        self._failure = InstanceFailed(reason) if self.is_delivered else NotDelivered(reason)
+        self._context.stop_generating()
+        if self._awaited is not None:
+            self._awaited.cancel()
+
+
+class Instances:
+    """The instances of one endpoint, as this process has found them to be."""
+
+    def __init__(self, client: Client, directory: Directory) -> None:
+        self._client, self._directory = client, directory
         self._quarantined: dict[int, float] = {}
         self._calls: defaultdict[int, set[InstanceCall]] = defaultdict(set)
         self._watching: asyncio.Task[None] | None = None
-        self._turn = 0
 
-    async def next(self, context: Context, among: Among | None, deadline: float) -> int | None:
-        """The instance to call; None when the caller gave up waiting for one.
+    async def eligible(self, request: dict[str, Any], context: RequestContext, deadline: float) -> list[int]:
+        """The instances that may be called, at least one; none when the caller gave up waiting for one.
 
         deadline: in the loop's time.
 
@@ -51,33 +107,31 @@ class InstancePool:
         """
         loop = asyncio.get_running_loop()
         is_announced = False
-        while not (instances := await self._candidates(among)):
+        while not (instances := await self._eligible_now(request)):
             if loop.time() >= deadline:
-                raise Unavailable(f"No instance of {self._client} is available. {await self._why_none(among)}")
+                raise Unavailable(f"No instance of {self._client} is available. {await self._why_none(request)}")
             if context.is_stopped():
-                return None
+                return []
             if not is_announced:
                 logger.warning("waiting for an instance of %s", self._client)
                 is_announced = True
             await asyncio.sleep(_POLL_S)
-        self._turn += 1
-        return instances[self._turn % len(instances)]
-
-    async def _why_none(self, among: Among | None) -> str:
-        there = set(await self._client.instance_ids())
-        is_misfit = there and among is not None and there.isdisjoint(await among())
-        return self._misfit if is_misfit and self._misfit else "Is it running?"
-
-    async def _candidates(self, among: Among | None) -> list[int]:
-        now = asyncio.get_running_loop().time()
-        instances = await self._client.instance_ids()
-        if self._quarantined:
-            self._quarantined = {instance: until for instance, until in self._quarantined.items() if until > now}
-            instances = [instance for instance in instances if instance not in self._quarantined]
-        if among is not None:
-            allowed = await among()
-            instances = [instance for instance in instances if instance in allowed]
         return instances
+
+    async def _why_none(self, request: dict[str, Any]) -> str:
+        present = set(await self._client.instance_ids())
+        are_ineligible = present and present.isdisjoint(await self._directory.eligible(request))
+        return (are_ineligible and self._directory.ineligible_reason) or "Is it running?"
+
+    async def _eligible_now(self, request: dict[str, Any]) -> list[int]:
+        now = asyncio.get_running_loop().time()
+        self._quarantined = {instance: until for instance, until in self._quarantined.items() if until > now}
+        eligible = await self._directory.eligible(request)
+        return [
+            instance
+            for instance in await self._client.instance_ids()
+            if instance in eligible and instance not in self._quarantined
+        ]
 
     def quarantine(self, instance_id: int, failure: Exception) -> None:
         """Leave an instance alone for a while, after a call of it failed."""

@@ -1,23 +1,18 @@
 """Asking instances what they are, however long it takes them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
-from common.dynamo.descriptions import Descriptions
-from common.dynamo.runtime import Client, Context
+from common.dynamo.directories import Descriptions
+from common.dynamo.runtime import Client
 from common.wire import EngineDescription, to_wire
 
 DESCRIPTION = EngineDescription("a model", context_length=100, vocab_size=10)
 PLAIN = ValueError("a python exception was caught while processing: KeyError: 'token_ids'")
 PATIENCE_S = 5
-
-
-class Chunk:
-    def data(self) -> dict[str, Any]:
-        return to_wire(DESCRIPTION)
 
 
 class Instance:
@@ -31,22 +26,19 @@ class Instance:
     async def instance_ids(self) -> list[int]:
         return [1]
 
-    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+    async def ask(self, question: dict[str, Any], instance_id: int) -> dict[str, Any]:
         self.num_asked += 1
         if self.failure is not None and not self.is_answering.is_set():
             raise self.failure
         await self.is_answering.wait()
         await asyncio.sleep(self.delay_s)
-        return self._description()
-
-    async def _description(self) -> AsyncIterator[Chunk]:
-        yield Chunk()
+        return to_wire(DESCRIPTION)
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_TIMEOUT_S", "_PAUSE_S", "_PATIENCE_S"):
-        monkeypatch.setattr(f"common.dynamo.descriptions.{name}", 0.01)
+        monkeypatch.setattr(f"common.dynamo.directories.{name}", 0.01)
 
 
 def descriptions_of(instance: Instance) -> Descriptions[EngineDescription]:

@@ -1,17 +1,19 @@
-"""Cancellation that crosses processes: whoever stops waiting for an answer stops whoever makes it.
+"""What goes along with a request: the record of it in this process, and whether anybody still waits for the answer.
 
-Dynamo can wake a coroutine when a context is stopped, but each such wait costs a task on its side and a hand-over
-of the interpreter lock, for every request, though hardly any is ever cancelled. Looking at all contexts in turn,
-twenty times a second, costs next to nothing.
+Cancellation crosses processes: whoever stops waiting for an answer stops whoever makes it. Dynamo can
+wake a coroutine when a context is stopped, but each such wait costs a task on its side and a hand-over of the
+interpreter lock, for every request, though hardly any is ever cancelled. Looking at all contexts in turn, twenty times
+a second, costs next to nothing.
 """
 
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 
-from common.dynamo.releases import child_of
-from common.dynamo.runtime import Context
+from common.dynamo.releases import Context, child_of
+from common.observability.request_records import RequestRecord
 
 POLL_S = 0.05
 
@@ -44,6 +46,20 @@ class _Watcher:
 
 
 _watcher = _Watcher()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What a handler gets beside the request, and passes on to the calls that it makes for it.
+
+    raw: Dynamo's own context, which is stopped when the caller gives up. record: of the request, in this process.
+    """
+
+    raw: Context
+    record: RequestRecord
+
+    def is_stopped(self) -> bool:
+        return bool(self.raw.is_stopped())
 
 
 @contextmanager

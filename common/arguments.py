@@ -1,11 +1,25 @@
-"""The frontend's command line."""
+"""The command lines of frontend.py and processor.py."""
 
 import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from common.environment_help import ENVIRONMENT
+ENVIRONMENT = """\
+environment:
+  NATS_SERVER        where NATS is (default nats://localhost:4222); NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD
+  ETCD_ENDPOINTS     where etcd is (default http://localhost:2379); ETCD_AUTH_USERNAME, ETCD_AUTH_PASSWORD,
+                     ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT, ETCD_AUTH_CLIENT_KEY
+  DYN_LOG            what to log: error, warn, info, debug, trace, or a filter such as info,dynamo_runtime=debug
+                     (DYN_LOG_LEVEL is read where DYN_LOG is not set); DYN_LOGGING_JSONL=1 for JSON lines
+  DYN_SYSTEM_PORT    where to serve /metrics, up to 32767, on DYN_SYSTEM_HOST (default 127.0.0.1; no port by default)
+  OTEL_EXPORT_ENABLED=1
+                     to send spans by OTLP to OTEL_EXPORTER_OTLP_TRACES_ENDPOINT (default http://localhost:4317)
+  DYN_TCP_RESPONSE_STREAM_HOST
+                     the network interface on which answers come back to this process (default lo, this machine;
+                     empty for that of the default route); DYN_TCP_RESPONSE_STREAM_PORT
+  DYN_CHAT_CPUS      the CPUs for this process, such as 3 or 2-3 (default: any; SGLang's own processes are left alone)
+"""
 
 
 @dataclass(frozen=True)
@@ -97,3 +111,42 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         processor_wait_s=args.processor_wait,
         is_page_served=not args.no_page,
     )
+
+
+@dataclass(frozen=True)
+class ProcessorArgs:
+    """model: a folder or a hub name. engine_wait_s: how long a request waits for an engine, in seconds."""
+
+    model: str
+    model_names: list[str]
+    engine_wait_s: float
+
+
+def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
+    parser = argparse.ArgumentParser(
+        prog="processor.py",
+        description="Serves inference/processor/process: tokenizes chats, calls an engine, detokenizes the answer.",
+        epilog=ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="whose tokenizer and chat template to use: a folder or a Hugging Face name; the engine's model",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help='the names that clients may send as "model" (default: the value of --model)',
+    )
+    parser.add_argument(
+        "--engine-wait",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="how long a request waits for an engine to appear before it is answered with 503 (default: 30)",
+    )
+    args = parser.parse_args(argv)
+    return ProcessorArgs(args.model, args.served_model_name or [args.model], args.engine_wait)

@@ -1,0 +1,182 @@
+"""What each instance of an endpoint says of itself, and so which of them are eligible for a request.
+
+Each instance is asked `{"describe": true}` when it appears in etcd, until it has answered.
+"""
+
+import asyncio
+import itertools
+import logging
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from common.dynamo import releases
+from common.dynamo.runtime import Client
+from common.errors import ModelNotFound
+from common.wire import DESCRIBE, EngineDescription, ProcessorDescription
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# For the first answer; twice as long each time, so that one that is always slow is understood, too.
+_TIMEOUT_S = 2.0
+_MAX_TIMEOUT_S = 32.0
+_NUM_SILENT_ATTEMPTS = 2
+_PAUSE_S = 1.0
+# How long a request waits for those who have just appeared; afterwards it makes do with the others.
+_PATIENCE_S = 0.5
+
+
+class Descriptions(Generic[T]):
+    """The answers to `{"describe": true}`, each a `kind`; None of an instance that does not know the question."""
+
+    def __init__(self, client: Client, kind: type[T]) -> None:
+        self._client, self._kind = client, kind
+        self._known: dict[int, T | None] = {}
+        self._asking: dict[int, asyncio.Task[None]] = {}
+        self._patient_until = 0.0
+
+    async def current(self) -> dict[int, T | None]:
+        """By instance; one that has not answered yet is missing."""
+        instance_ids = await self._client.instance_ids()
+        if self._known.keys() != set(instance_ids):
+            await self._update(set(instance_ids))
+        return self._known
+
+    async def are_complete(self) -> bool:
+        """Whether there is an instance, and each has said what it is."""
+        known = await self.current()
+        return bool(known) and not self._asking and all(description is not None for description in known.values())
+
+    async def _update(self, instance_ids: set[int]) -> None:
+        for instance_id in self._known.keys() - instance_ids:
+            del self._known[instance_id]
+        for instance_id in self._asking.keys() - instance_ids:
+            self._asking.pop(instance_id).cancel()
+        now = asyncio.get_running_loop().time()
+        for instance_id in instance_ids - self._known.keys() - self._asking.keys():
+            self._asking[instance_id] = asyncio.create_task(self._ask(instance_id))
+            self._patient_until = now + _PATIENCE_S
+        if self._asking and now < self._patient_until:
+            await asyncio.wait(self._asking.values(), timeout=self._patient_until - now)
+
+    async def _ask(self, instance_id: int) -> None:
+        """Until it has said what it is, or that it does not know the question; `_update` ends it for one that left."""
+        for attempt in itertools.count():
+            try:
+                async with asyncio.timeout(min(_TIMEOUT_S * 2**attempt, _MAX_TIMEOUT_S)):
+                    self._known[instance_id] = await self._answer(instance_id)
+                break
+            except Exception as error:  # it is just starting, or going away, or busy, or it hangs
+                if attempt == _NUM_SILENT_ATTEMPTS:
+                    logger.warning(
+                        "%x of %s gets no requests until it has said what it is: %r", instance_id, self._client, error
+                    )
+            await asyncio.sleep(_PAUSE_S)
+        del self._asking[instance_id]
+
+    async def _answer(self, instance_id: int) -> T | None:
+        try:
+            return msgspec.convert(await self._client.ask(DESCRIBE, instance_id), self._kind)
+        except Exception as error:
+            is_unknown_question = isinstance(error, StopAsyncIteration | msgspec.ValidationError)
+            if not is_unknown_question and not releases.is_raised_by_worker(error):
+                raise
+            logger.warning("%x of %s does not describe itself: %s", instance_id, self._client, error)
+            return None
+
+
+class ModelDirectory:
+    """The processors, by the models that they serve. One that cannot tell is believed to serve any."""
+
+    ineligible_reason = "Those that run serve other models."
+
+    def __init__(self, client: Client) -> None:
+        self._processors = Descriptions(client, ProcessorDescription)
+
+    async def models(self) -> dict[str, int]:
+        """The names that clients may use, each with the Unix time since when."""
+        found: dict[str, int] = {}
+        for description in (await self._processors.current()).values():
+            if description is None:
+                continue
+            for name in description.models:
+                found[name] = min(description.created, found.get(name, description.created))
+        return dict(sorted(found.items()))
+
+    async def instances(self) -> dict[int, list[str]]:
+        """The processors, each with the names that it answers to; none where it does not tell."""
+        return {
+            instance_id: description.models if description else []
+            for instance_id, description in (await self._processors.current()).items()
+        }
+
+    async def check(self, model: str) -> None:
+        """Raises:
+        ModelNotFound: there are processors, each has said what it serves, and none serves `model`.
+        """
+        if await self._processors.are_complete() and model not in await self.models():
+            raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
+
+    async def eligible(self, request: dict[str, Any]) -> set[int]:
+        return {
+            instance_id
+            for instance_id, description in (await self._processors.current()).items()
+            if description is None or request["model"] in description.models
+        }
+
+
+class EngineDirectory:
+    """The engines. Eligible are those whose token ids mean what ours mean; one that cannot tell is accepted unchecked.
+
+    ours: the processor's model, described as its engine would. A tokenizer_sha256 of "" is not known.
+    """
+
+    def __init__(self, client: Client, ours: EngineDescription) -> None:
+        self._engines = Descriptions(client, EngineDescription)
+        self._ours = ours
+        self.ineligible_reason = f"Those that run have another tokenizer than {ours.model}, or have not said which."
+        self._is_compatible: dict[int, bool] = {}
+        self._context_length = ours.context_length
+
+    async def context_length(self) -> int:
+        """Tokens that prompt and answer share: the least of what our model has and what its engines were given."""
+        await self._refresh()
+        return self._context_length
+
+    async def _refresh(self) -> None:
+        known = await self._engines.current()
+        if known.keys() == self._is_compatible.keys():
+            return
+        self._is_compatible = {
+            instance_id: self._is_compatible.get(instance_id) or self._check(instance_id, description)
+            for instance_id, description in known.items()
+        }
+        compatible_engines = [known[each] for each, is_compatible in self._is_compatible.items() if is_compatible]
+        lengths = [engine.context_length for engine in compatible_engines if engine is not None]
+        self._context_length = min([self._ours.context_length, *lengths])
+
+    async def eligible(self, request: dict[str, Any]) -> set[int]:
+        await self._refresh()
+        return {instance_id for instance_id, is_compatible in self._is_compatible.items() if is_compatible}
+
+    def _check(self, instance_id: int, engine: EngineDescription | None) -> bool:
+        if engine is None:
+            return True
+        if has_same_tokenizer(engine, self._ours):
+            logger.info("engine %x runs %s, %d tokens of context", instance_id, engine.model, engine.context_length)
+            return True
+        logger.error(
+            "engine %x gets no requests: it runs %s, and the tokenizer of %s is another one. Give processor.py the "
+            "engine's model (--model), or the engine this one (--model-path).",
+            instance_id, engine.model, self._ours.model,
+        )  # fmt: skip
+        return False
+
+
+def has_same_tokenizer(engine: EngineDescription, ours: EngineDescription) -> bool:
+    """By the tokenizers' hashes; by the size of the models' vocabularies where one of the hashes is not known."""
+    if engine.tokenizer_sha256 and ours.tokenizer_sha256:
+        return engine.tokenizer_sha256 == ours.tokenizer_sha256
+    return engine.vocab_size == ours.vocab_size

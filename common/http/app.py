@@ -1,0 +1,93 @@
+"""The frontend's routes around the chat, and what stands before all of them."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import Request
+
+from common.arguments import FrontendArgs
+from common.dynamo.directories import ModelDirectory
+from common.dynamo.runtime import Client
+from common.errors import ModelNotFound, Unavailable
+from common.http.admission import CHAT_PATH, ApiKeys, ConcurrencyLimit
+from common.http.errors import install_error_handlers
+from common.http.live_page import install_live_page
+from common.http.request_id import HEADER, RequestId
+from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.observability.metrics import Metrics
+from common.observability.request_records import RequestRecords
+from common.openai.openapi import install_openapi
+from common.openai.responses import models_json
+
+GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
+ChatRoute = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What the frontend knows of the processes behind it. `engine_client` is only asked whether an engine is there."""
+
+    models: ModelDirectory
+    processor_client: Client
+    engine_client: Client
+
+
+def create_app(chat_completions: ChatRoute, pipeline: Pipeline, args: FrontendArgs, metrics: Metrics) -> FastAPI:
+    """The HTTP side as an ASGI app."""
+    app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
+    app.add_route(CHAT_PATH, chat_completions, methods=["POST"])
+    install_error_handlers(app)
+    install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
+    if args.is_page_served:
+        install_live_page(app, pipeline.models, pipeline.engine_client)
+    _add_routes(app, pipeline, metrics)
+    _add_middleware(app, args, metrics)
+    return app
+
+
+def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
+    @app.api_route("/v1/models", methods=GET)
+    async def list_models() -> JSONResponse:
+        return JSONResponse({"object": "list", "data": models_json((await pipeline.models.models()).items())})
+
+    @app.api_route("/v1/models/{model:path}", methods=GET)
+    async def retrieve_model(model: str) -> JSONResponse:
+        known = await pipeline.models.models()
+        if model not in known:
+            raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
+        return JSONResponse(models_json([(model, known[model])])[0])
+
+    @app.api_route("/health", methods=GET)
+    async def health() -> JSONResponse:
+        """Alive: this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.api_route("/ready", methods=GET)
+    async def ready() -> JSONResponse:
+        """Ready: a processor and an engine are registered, so that a chat request will be answered."""
+        instances = {
+            "processors": len(await pipeline.processor_client.instance_ids()),
+            "engines": len(await pipeline.engine_client.instance_ids()),
+        }
+        if missing := " and ".join(name for name, count in instances.items() if not count):
+            raise Unavailable(f"Waiting for {missing}.")
+        return JSONResponse({"status": "ready"} | instances)
+
+    @app.api_route("/metrics", methods=GET)
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=METRICS_TYPE)
+
+
+def _add_middleware(app: FastAPI, args: FrontendArgs, metrics: Metrics) -> None:
+    """The last one added is the outermost."""
+    app.add_middleware(ConcurrencyLimit, limit=args.max_concurrency)
+    app.add_middleware(ApiKeys, keys=args.api_keys)
+    if args.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[HEADER],
+        )  # fmt: skip
+    app.add_middleware(RequestId, records=RequestRecords(metrics), is_path_shown=args.is_page_served)

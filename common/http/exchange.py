@@ -1,0 +1,88 @@
+"""One HTTP exchange: the request's body, a client that goes away meanwhile, and an answer as a stream of events."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import Request
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
+from starlette.types import Message, Send
+
+from common.arguments import FrontendArgs
+from common.dynamo.context import RequestContext
+from common.dynamo.runtime import Context
+from common.errors import InternalError, PipelineError
+from common.http.body import read_json
+from common.http.disconnect import unless_disconnected as unless_disconnected
+from common.observability.request_records import RequestRecord
+from common.openai.request import ChatCompletionRequest, parse_chat_request
+from common.openai.responses import sse
+
+logger = logging.getLogger(__name__)
+
+PING_INTERVAL_S = 15.0
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+async def read_chat_request(http_request: Request, args: FrontendArgs) -> ChatCompletionRequest:
+    """Raises:
+    PipelineError: what is wrong with the body.
+    """
+    body = await read_json(http_request, max_bytes=args.max_body_bytes, timeout_s=args.body_timeout_s)
+    return parse_chat_request(body)
+
+
+def context_of(http_request: Request) -> RequestContext:
+    """For the calls that are made to answer the request."""
+    record: RequestRecord = http_request.state.record
+    return RequestContext(Context(f"chat-{uuid.uuid4().hex}"), record)
+
+
+class EventStream(EventSourceResponse):
+    """Server-sent events, with a comment wherever there is none for PING_INTERVAL_S: proxies drop silent connections.
+
+    first: the first event. rest: the others; an exception among them becomes the last event, OpenAI's error.
+    """
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], record: RequestRecord) -> None:
+        super().__init__(_with_error(first, rest, record), headers=_HEADERS)
+
+    async def stream_response(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        last_sent_at = loop.time()
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal last_sent_at
+            last_sent_at = loop.time()
+            await send(message)
+
+        async def ping() -> None:
+            while True:
+                silent_s = loop.time() - last_sent_at
+                if silent_s >= PING_INTERVAL_S:
+                    await send_and_note({"type": "http.response.body", "body": KEEPALIVE_COMMENT, "more_body": True})
+                await asyncio.sleep(max(PING_INTERVAL_S - silent_s, 1.0))
+
+        pinging = asyncio.create_task(ping())
+        try:
+            await super().stream_response(send_and_note)
+        finally:
+            pinging.cancel()
+
+
+async def _with_error(
+    first: bytes, rest: AsyncGenerator[bytes, None], record: RequestRecord
+) -> AsyncGenerator[bytes, None]:
+    try:
+        async with aclosing(rest):
+            yield first
+            async for event in rest:
+                yield event
+    except Exception as error:
+        if not isinstance(error, PipelineError):
+            logger.exception("a stream broke")
+            error = InternalError("The server had an error while processing your request.")
+        record.outcome = error.outcome
+        yield sse(error.to_wire())
