@@ -1,6 +1,10 @@
 """Token ids of a conversation: those that transformers itself would make, wherever they are made."""
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -82,3 +86,35 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither_here(reference: PreTrainedTo
     expected = reference.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     tokenizer = ChatTokenizer.load(str(tmp_path))
     assert asyncio.run(tokenizer.encode_chat(messages_of(text))) == expected["input_ids"]
+
+
+WITHOUT_TORCH = """
+import asyncio, json, resource, sys
+import processor
+from common.openai.request import parse_chat_request
+
+model, *texts = sys.argv[1:]
+tokenizer = processor.ChatTokenizer.load(model)
+requests = [parse_chat_request({"model": "m", "messages": [{"role": "user", "content": text}]}) for text in texts]
+ids = [asyncio.run(tokenizer.encode_chat(request.messages)) for request in requests]
+peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"ids": ids, "defaults": tokenizer.sampling_defaults, "peak_mb": peak_mb, "modules": list(sys.modules)}))
+"""
+
+
+@pytest.mark.process
+def test_a_processor_makes_the_same_ids_without_pytorch(
+    tokenizer: ChatTokenizer, reference: PreTrainedTokenizerBase
+) -> None:
+    """Its import would take six seconds and 600 MB."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, MODEL, *TEXTS]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=True)
+    told = json.loads(done.stdout)
+    for ids, text in zip(told["ids"], TEXTS, strict=True):
+        conversation = [{"role": "user", "content": text}]
+        assert ids == reference.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert told["defaults"] == tokenizer.sampling_defaults
+    assert not {"torch", "sglang"} & set(told["modules"])
+    assert told["peak_mb"] < 250
+    assert "torch" not in done.stderr.lower()

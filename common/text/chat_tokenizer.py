@@ -7,17 +7,12 @@ loop; short ones take less time than it would take to hand them to another threa
 import asyncio
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 import tokenizers
-
-# A tokenizer needs no PyTorch; where there is none, transformers would warn of that on every start.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-# One conversation at a time: a pool of threads would only be handed it.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai.messages import Message
@@ -25,6 +20,12 @@ from common.text.detokenizer import special_token_ids
 from common.text.token_bytes import token_bytes
 from common.text.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# One conversation at a time: a pool of threads would only be handed it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class ChatTokenizer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         *,
         model: EngineDescription,
         sampling_defaults: dict[str, float | int] | None = None,
@@ -67,19 +68,20 @@ class ChatTokenizer:
         Raises:
             OSError, ValueError: there is no such model, or it has no fast tokenizer or no chat template.
         """
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        transformers = _transformers_without_torch()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if not tokenizer.is_fast:
             raise ValueError(f"{model} has no fast tokenizer (tokenizer.json)")
         if not tokenizer.chat_template:
             raise ValueError(f"{model} has no chat template")
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = transformers.AutoConfig.from_pretrained(model).get_text_config()
         description = EngineDescription(
             model,
             context_length=getattr(config, "max_position_embeddings", 0) or 2048,
             vocab_size=getattr(config, "vocab_size", len(tokenizer)),
             tokenizer_sha256=tokenizer_sha256(model),
         )
-        return cls(tokenizer, model=description, sampling_defaults=_sampling_defaults(model))
+        return cls(tokenizer, model=description, sampling_defaults=_sampling_defaults(transformers, model))
 
     async def encode_chat(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, ending where the assistant's answer begins.
@@ -152,9 +154,25 @@ def _for_template(message: Message) -> dict[str, Any]:
     return entry
 
 
-def _sampling_defaults(model: str) -> dict[str, float | int]:
+def _transformers_without_torch() -> Any:
+    """The module transformers, kept from importing PyTorch: that takes seconds and 600 MB, and no tokenizer needs it.
+
+    transformers has no setting for that. It asks once, while it is imported, whether there is a module torch; None in
+    `sys.modules` tells it that there is not. Where torch or transformers is imported already, both stay as they are.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn of having no PyTorch
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("torch", None)
+    import transformers
+
+    if modules["torch"] is None:
+        del modules["torch"]
+    return transformers
+
+
+def _sampling_defaults(transformers: Any, model: str) -> dict[str, float | int]:
     try:
-        config = GenerationConfig.from_pretrained(model).to_diff_dict()
+        config = transformers.GenerationConfig.from_pretrained(model).to_diff_dict()
     except OSError:  # many models recommend nothing
         return {}
     return {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
