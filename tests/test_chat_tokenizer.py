@@ -89,7 +89,8 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither_here(reference: PreTrainedTo
 
 
 WITHOUT_TORCH = """
-import asyncio, json, resource, sys
+import asyncio, json, sys
+from pathlib import Path
 import processor
 from common.openai.request import parse_chat_request
 
@@ -97,8 +98,9 @@ model, *texts = sys.argv[1:]
 tokenizer = processor.ChatTokenizer.load(model)
 requests = [parse_chat_request({"model": "m", "messages": [{"role": "user", "content": text}]}) for text in texts]
 ids = [asyncio.run(tokenizer.encode_chat(request.messages)) for request in requests]
-peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"ids": ids, "defaults": tokenizer.sampling_defaults, "peak_mb": peak_mb, "modules": list(sys.modules)}))
+peak_mb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+told = {"ids": ids, "defaults": tokenizer.sampling_defaults, "peak_mb": peak_mb, "modules": list(sys.modules)}
+print(json.dumps(told))
 """
 
 
