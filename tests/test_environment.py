@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from common.dynamo.environment import check_system_port
+from common.environment import check_system_port
 from tests.processes import ROOT
 
 

@@ -13,9 +13,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from common.dynamo import releases
-from common.dynamo.response_address import choose_response_address
-from common.dynamo.server_access import check_access
-from common.dynamo.servers import ServersMissing, wait_for_servers
+from common.dynamo.network import choose_response_address
+from common.dynamo.servers import ServersMissing, check_access, wait_for_servers
 from common.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from common.dynamo import releases
 from common.dynamo.context import RequestContext as RequestContext
 from common.dynamo.context import child_context
 from common.dynamo.instances import Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
-from common.dynamo.payload_limit import too_large_for_nats
+from common.dynamo.network import too_large_for_nats
 from common.dynamo.runtime import Client
 from common.errors import Aborted, BadUpstream, DeadlineExceeded, PipelineError, Unavailable
 from common.observability.metrics import Metrics

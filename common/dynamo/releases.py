@@ -30,7 +30,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from common.dynamo.environment import pem_texts, prepare_environment
+from common.environment import pem_texts, prepare_environment
 
 prepare_environment()
 

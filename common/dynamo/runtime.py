@@ -18,14 +18,11 @@ from typing import Any, Concatenate, ParamSpec
 
 from common.dynamo import releases
 from common.dynamo.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
-from common.dynamo.cpus import chosen_cpus, stay_on
-from common.dynamo.dead_peers import detect_dead_peers
-from common.dynamo.environment import check_system_port
+from common.dynamo.network import RESPONSE_HOST, detect_dead_peers, is_out_of_reach
 from common.dynamo.releases import Context
-from common.dynamo.response_address import VARIABLE, is_out_of_reach
-from common.dynamo.server_access import is_lease_known
-from common.dynamo.servers import ServersMissing
+from common.dynamo.servers import ServersMissing, is_lease_known
 from common.dynamo.service import service
+from common.environment import check_system_port, chosen_cpus, stay_on
 from common.observability.logs import log_json_lines
 
 __all__ = [
@@ -146,7 +143,9 @@ class Endpoint:
         client = Client(self._runtime, self)
         await client.refresh()
         if is_out_of_reach():
-            logger.warning("answers come back on loopback only: to have %s on another machine, set %s", self, VARIABLE)
+            logger.warning(
+                "answers come back on loopback only: to have %s on another machine, set %s", self, RESPONSE_HOST
+            )
         return client
 
 
