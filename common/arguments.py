@@ -115,11 +115,15 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
 
 @dataclass(frozen=True)
 class ProcessorArgs:
-    """model: a folder or a hub name. engine_wait_s: how long a request waits for an engine, in seconds."""
+    """model: a folder or a hub name. engine_wait_s: how long a request waits for an engine, in seconds.
+
+    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text.
+    """
 
     model: str
     model_names: list[str]
     engine_wait_s: float
+    parse_special_tokens: bool
 
 
 def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
@@ -148,5 +152,11 @@ def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
         metavar="S",
         help="how long a request waits for an engine to appear before it is answered with 503 (default: 30)",
     )
+    parser.add_argument(
+        "--parse-special-tokens",
+        action="store_true",
+        help="read special tokens that clients write in messages, as other servers do; by default they are plain text",
+    )
     args = parser.parse_args(argv)
-    return ProcessorArgs(args.model, args.served_model_name or [args.model], args.engine_wait)
+    model_names = args.served_model_name or [args.model]
+    return ProcessorArgs(args.model, model_names, args.engine_wait, args.parse_special_tokens)

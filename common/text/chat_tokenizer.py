@@ -5,6 +5,7 @@ loop; short ones take less time than it would take to hand them to another threa
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ import tokenizers
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai.messages import Message
 from common.text.detokenizer import special_token_ids
+from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.token_bytes import token_bytes
 from common.text.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription
@@ -29,8 +31,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 logger = logging.getLogger(__name__)
 
-# A short conversation: encoding it takes 0.2 ms (English) to 1 ms (digits), and handing it over 0.2 ms or more.
-SHORT_CHARACTERS, SHORT_MESSAGES = 1000, 20
+# A short conversation: encoding it takes 0.2 ms (English) to 1 ms (digits), and handing it over 0.2 ms or more. The
+# characters are those of its JSON.
+SHORT_CHARACTERS, SHORT_MESSAGES = 1200, 20
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -39,6 +42,7 @@ class ChatTokenizer:
 
     context_length: tokens that prompt and answer share; may be set anew at any time. sampling_defaults: what the
     model's generation_config.json recommends, under OpenAI's names. model: what an engine would say of the model.
+    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class ChatTokenizer:
         *,
         model: EngineDescription,
         sampling_defaults: dict[str, float | int] | None = None,
+        parse_special_tokens: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
@@ -60,9 +65,10 @@ class ChatTokenizer:
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._literals = None if parse_special_tokens else LiteralSpecialTokens(self.backend, self._example())
 
     @classmethod
-    def load(cls, model: str) -> "ChatTokenizer":
+    def load(cls, model: str, *, parse_special_tokens: bool = False) -> "ChatTokenizer":
         """From a folder or a hub name.
 
         Raises:
@@ -81,7 +87,12 @@ class ChatTokenizer:
             vocab_size=getattr(config, "vocab_size", len(tokenizer)),
             tokenizer_sha256=tokenizer_sha256(model),
         )
-        return cls(tokenizer, model=description, sampling_defaults=_sampling_defaults(transformers, model))
+        return cls(
+            tokenizer,
+            model=description,
+            sampling_defaults=_sampling_defaults(transformers, model),
+            parse_special_tokens=parse_special_tokens,
+        )
 
     async def encode_chat(self, messages: list[Message]) -> list[int]:
         """The prompt's token ids, ending where the assistant's answer begins.
@@ -89,18 +100,10 @@ class ChatTokenizer:
         Raises:
             InvalidRequest: the template does not take these messages. ContextLengthExceeded: too many tokens.
         """
-        conversation = [_for_template(message) for message in messages]
-        num_chars = sum(len(message["content"] or "") for message in conversation)
-        if num_chars > self.context_length * self._longest_token:  # not worth a tokenizer's time
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.context_length} tokens. Your messages have "
-                f"{num_chars} characters, which is more than {num_chars // self._longest_token} tokens.",
-                param="messages",
-            )
-        if num_chars <= SHORT_CHARACTERS and len(conversation) <= SHORT_MESSAGES:
-            token_ids = self._encode(conversation)
+        if _is_short(messages):
+            token_ids = self._encode(messages)
         else:
-            token_ids = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, conversation)
+            token_ids = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, messages)
         if len(token_ids) >= self.context_length:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.context_length} tokens, but your messages have "
@@ -109,12 +112,26 @@ class ChatTokenizer:
             )
         return token_ids
 
-    def _encode(self, conversation: list[dict[str, Any]]) -> list[int]:
+    def _encode(self, messages: list[Message]) -> list[int]:
+        conversation = [_for_template(message) for message in messages]
+        prompt = self._render(conversation)
+        if len(prompt) > self.context_length * self._longest_token:  # not worth a tokenizer's time
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.context_length} tokens. Your messages make a prompt of "
+                f"{len(prompt)} characters, which is more than {len(prompt) // self._longest_token} tokens.",
+                param="messages",
+            )
+        if self._literals and (marked := self._literals.marked(conversation)) != conversation:
+            return self._literals.encode(self._render_marked(marked, prompt))
+        # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
+        # transformers' own `tokenize=True` does beyond this is to note the characters' offsets.
+        (encoding,) = self.backend.encode_batch_fast([prompt], add_special_tokens=False)
+        token_ids: list[int] = encoding.ids
+        return token_ids
+
+    def _render(self, conversation: list[dict[str, Any]]) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-            # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
-            # transformers' own `tokenize=True` does beyond this is to note the characters' offsets.
-            (encoding,) = self.backend.encode_batch_fast([cast("str", text)], add_special_tokens=False)
+            prompt = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template does not take these messages: {error}.", param="messages"
@@ -122,8 +139,23 @@ class ChatTokenizer:
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             logger.warning("the chat template failed", exc_info=True)
             raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
-        token_ids: list[int] = encoding.ids
-        return token_ids
+        return cast("str", prompt)
+
+    def _render_marked(self, marked: list[dict[str, Any]], prompt: str) -> str:
+        """Raises: InvalidRequest, if that is another prompt: the template looks for special tokens in the messages."""
+        marked_prompt = self._render(marked)
+        if marked_prompt.replace(MARK, "") != prompt:
+            raise InvalidRequest(
+                "The messages contain a special token of the model, which its chat template does not take as text.",
+                param="messages",
+            )
+        return marked_prompt
+
+    def _example(self) -> str:
+        """A prompt; "" where the template does not take one word of a user."""
+        with contextlib.suppress(InvalidRequest):
+            return self._render([{"role": "user", "content": "x"}])
+        return ""
 
     def answer_budget(self, num_prompt_tokens: int, num_tokens_asked: int | None) -> int:
         """How many tokens the answer may have: what was asked for, or all the room that the prompt leaves.
@@ -140,6 +172,14 @@ class ChatTokenizer:
                 param="max_tokens",
             )
         return num_tokens_asked if num_tokens_asked is not None else room
+
+
+def _is_short(messages: list[Message]) -> bool:
+    """Whether all the text that a template may render is short, such as the arguments of tools."""
+    return (
+        len(messages) <= SHORT_MESSAGES
+        and sum(len(message.model_dump_json(exclude_none=True)) for message in messages) <= SHORT_CHARACTERS
+    )
 
 
 def _for_template(message: Message) -> dict[str, Any]:
