@@ -52,6 +52,8 @@ class PipelineError(Exception):
 
 
 class InvalidRequest(PipelineError):
+    """The body is not JSON, or a field is wrong: `param` names it. Sent again, it fails again."""
+
     status, type = 400, "invalid_request_error"
 
 
@@ -60,10 +62,14 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class InvalidApiKey(PipelineError):
+    """No API key, or a wrong one."""
+
     status, type, code = 401, "invalid_request_error", "invalid_api_key"
 
 
 class NotFound(PipelineError):
+    """No processor serves this model."""
+
     status, type, code = 404, "invalid_request_error", "not_found"
 
 
@@ -76,32 +82,44 @@ class MethodNotAllowed(PipelineError):
 
 
 class RequestTimeout(PipelineError):
+    """The body did not arrive in time."""
+
     status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
 class RequestTooLarge(PipelineError):
+    """The body is larger than the frontend or NATS takes."""
+
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
 class UnsupportedMediaType(PipelineError):
+    """The body's Content-Type is not JSON."""
+
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
 class Overloaded(PipelineError):
+    """As many requests are in flight as the frontend takes."""
+
     status, type, code, retry_after_s = 429, "rate_limit_error", "overloaded", 1
 
 
 class InternalError(PipelineError):
+    """A bug. The log has its traceback, under the x-request-id."""
+
     status, code = 500, "internal_error"
 
 
 class BadUpstream(PipelineError):
-    """A worker answered something that is not part of the protocol, or broke and nobody could take over."""
+    """A worker broke in the middle of its answer, or answered nonsense."""
 
     status, code = 502, "bad_upstream"
 
 
 class Unavailable(PipelineError):
+    """No processor, or no engine."""
+
     status, code, retry_after_s = 503, "unavailable", 2
 
 
@@ -112,6 +130,8 @@ class Aborted(Unavailable):
 
 
 class DeadlineExceeded(PipelineError):
+    """The answer took too long."""
+
     status, code = 504, "deadline_exceeded"
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
@@ -20,7 +21,7 @@ from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.openai.openapi import install_openapi
-from common.openai.responses import models_json
+from common.openai.responses import Model, models_of
 
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
 ChatRoute = Callable[[Request], Awaitable[Response]]
@@ -48,17 +49,21 @@ def create_app(chat_completions: ChatRoute, pipeline: Pipeline, args: FrontendAr
     return app
 
 
+def json_response(message: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(message), media_type="application/json")
+
+
 def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
     @app.api_route("/v1/models", methods=GET)
-    async def list_models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": models_json((await pipeline.models.models()).items())})
+    async def list_models() -> Response:
+        return json_response(models_of((await pipeline.models.models()).items()))
 
     @app.api_route("/v1/models/{model:path}", methods=GET)
-    async def retrieve_model(model: str) -> JSONResponse:
+    async def retrieve_model(model: str) -> Response:
         known = await pipeline.models.models()
         if model not in known:
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
-        return JSONResponse(models_json([(model, known[model])])[0])
+        return json_response(Model(id=model, created=known[model]))
 
     @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:

@@ -2,6 +2,7 @@
 
 import logging
 
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
@@ -9,7 +10,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFound, PipelineError
-from common.openai.responses import error_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def error_response(scope: Scope, error: PipelineError, headers: dict[str, str] |
     all_headers = dict(headers or {})
     if error.retry_after_s is not None:
         all_headers["retry-after"] = str(error.retry_after_s)
-    return Response(error_json(error), error.status, all_headers, media_type="application/json")
+    return Response(orjson.dumps(error.to_wire()), error.status, all_headers, media_type="application/json")
 
 
 async def _on_pipeline_error(request: Request, error: Exception) -> Response:

@@ -1,11 +1,12 @@
 """The OpenAPI document behind /openapi.json and /docs.
 
-Written out rather than derived from the routes: the chat route reads its body itself, after its own checks, and
-answers with JSON or a stream. `tests/test_openapi.py` holds the document against the running pipeline.
+Made of the types of requests and answers rather than derived from the routes: the chat route reads its body itself,
+after its own checks, and answers with JSON or a stream. `tests/test_openapi.py` holds it against the running pipeline.
 """
 
-from typing import Any
+from typing import Any, Literal
 
+import msgspec
 from fastapi import FastAPI
 
 from common.errors import (
@@ -16,13 +17,17 @@ from common.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    PipelineError,
     RequestTimeout,
     RequestTooLarge,
     Unavailable,
     UnsupportedMediaType,
 )
-from common.openai.openapi_answers import SCHEMAS, SSE_EVENT, STRING, Schema, error_responses, ref, response
 from common.openai.request import ChatCompletionRequest
+from common.openai.responses import ChatCompletion, ChatCompletionChunk, JsonObject, Model, Models
+from common.wire import InstanceId
+
+Schema = dict[str, Any]
 
 _DESCRIPTION = """\
 OpenAI's chat completions, answered by a Dynamo pipeline.
@@ -36,6 +41,48 @@ The answer, whole or as a stream.
 With `stream: true` each event is `data: ` and a ChatCompletionChunk, and the last one is `data: [DONE]`. An error
 after the start is an event with an Error in place of a chunk; then the stream ends without `[DONE]`.
 """
+STRING: Schema = {"type": "string"}
+
+
+class ErrorDetail(JsonObject, kw_only=True):
+    message: str
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class Error(JsonObject, kw_only=True):
+    error: ErrorDetail
+
+
+class Health(JsonObject, kw_only=True):
+    status: Literal["ok"]
+
+
+class Ready(JsonObject, kw_only=True):
+    status: Literal["ready"]
+    processors: int
+    engines: int
+
+
+class Frontend(JsonObject, kw_only=True):
+    pid: int
+
+
+class Engine(JsonObject, kw_only=True):
+    instance: InstanceId
+
+
+class Processor(Engine, kw_only=True):
+    models: list[str]
+
+
+class Pipeline(JsonObject, kw_only=True):
+    frontend: Frontend
+    processors: list[Processor]
+    engines: list[Engine]
+
+
 _REQUEST_ID: Schema = {
     "name": "x-request-id",
     "in": "header",
@@ -57,8 +104,48 @@ _MODEL: Schema = {
 }
 
 
+def ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+# One event of a stream, which is what OpenAPI 3.1 describes. Without a name of its own an event is a "message".
+_EVENT_DATA: Schema = {
+    "type": "string",
+    "contentMediaType": "application/json",
+    "contentSchema": {"anyOf": [ref("ChatCompletionChunk"), ref("Error")]},
+}
+_EVENT: Schema = {
+    "type": "object",
+    "properties": {"event": {"const": "message"}, "data": {"anyOf": [_EVENT_DATA, {"const": "[DONE]"}]}},
+    "required": ["data"],
+}
+
+
+def _header(description: str, schema: Schema) -> Schema:
+    return {"description": description, "required": True, "schema": schema}
+
+
+def response(description: str, content: Schema, headers: Schema | None = None) -> Schema:
+    """content: the schema for each media type."""
+    return {
+        "description": description,
+        "headers": {"x-request-id": _header("The client's, or a new one.", STRING)} | (headers or {}),
+        "content": {media_type: {"schema": schema} for media_type, schema in content.items()},
+    }
+
+
+def _error_responses(*errors: type[PipelineError]) -> dict[str, Schema]:
+    retry_after = {"retry-after": _header("Seconds.", {"type": "integer", "minimum": 0})}
+    return {
+        str(error.status): response(
+            error.__doc__ or "", {"application/json": ref("Error")}, retry_after if error.retry_after_s else None
+        )
+        for error in errors
+    }
+
+
 def _operation(summary: str, responses: dict[str, Schema], *parameters: Schema, **more: Any) -> Schema:
-    responses = dict(sorted({**responses, **error_responses(InternalError)}.items()))
+    responses = dict(sorted({**responses, **_error_responses(InternalError)}.items()))
     return {"summary": summary, "parameters": [*parameters, _REQUEST_ID], "responses": responses, **more}
 
 
@@ -68,8 +155,8 @@ def _answer(description: str, schema: str) -> dict[str, Schema]:
 
 def _chat_completions(*parameters: Schema) -> Schema:
     request = {"required": True, "content": {"application/json": {"schema": ref("ChatCompletionRequest")}}}
-    content = {"application/json": ref("ChatCompletion"), "text/event-stream": SSE_EVENT}
-    errors = error_responses(
+    content = {"application/json": ref("ChatCompletion"), "text/event-stream": _EVENT}
+    errors = _error_responses(
         InvalidRequest, NotFound, RequestTimeout, RequestTooLarge, UnsupportedMediaType, Overloaded,
         BadUpstream, Unavailable, DeadlineExceeded,
     )  # fmt: skip
@@ -80,8 +167,16 @@ def _chat_completions(*parameters: Schema) -> Schema:
 
 
 def _protected(operation: Schema) -> Schema:
-    responses = dict(sorted({**operation["responses"], **error_responses(InvalidApiKey)}.items()))
+    responses = dict(sorted({**operation["responses"], **_error_responses(InvalidApiKey)}.items()))
     return {**operation, "responses": responses, "security": [{"apiKey": []}]}
+
+
+def _with_constants(schema: Schema) -> Schema:
+    """A JsonObject's fields with a default are always there; those of the wire's types are left out."""
+    if schema.get("additionalProperties") is not False:
+        return schema
+    constants = [name for name, field in schema["properties"].items() if "default" in field]
+    return schema | {"required": sorted({*schema["required"], *constants})}
 
 
 def openapi_document(*, is_key_required: bool, is_page_served: bool = True) -> dict[str, Any]:
@@ -92,22 +187,23 @@ def openapi_document(*, is_key_required: bool, is_page_served: bool = True) -> d
     """
     protected = _protected if is_key_required else dict
     request = ChatCompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    components: dict[str, Any] = {
-        "schemas": {**SCHEMAS, **request.pop("$defs"), "ChatCompletionRequest": request},
-    }
+    answers = (Error, ChatCompletion, ChatCompletionChunk, Model, Models, Health, Ready, Pipeline)
+    _, schemas = msgspec.json.schema_components(answers, ref_template="#/components/schemas/{name}")
+    schemas = {name: _with_constants(schema) for name, schema in schemas.items()}
+    components: dict[str, Any] = {"schemas": schemas | request.pop("$defs") | {"ChatCompletionRequest": request}}
     if is_key_required:
         components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
     models = _operation("List the models", _answer("Those that processors serve.", "Models"), operationId="listModels")
     model = _operation(
         "Look a model up",
-        {**_answer("The model.", "Model"), **error_responses(NotFound)},
+        {**_answer("The model.", "Model"), **_error_responses(NotFound)},
         _MODEL,
         operationId="retrieveModel",
     )
     health = _operation("Is this process alive?", _answer("It is.", "Health"), operationId="health")
     ready = _operation(
         "Will a chat request be answered?",
-        {**_answer("A processor and an engine are there.", "Ready"), **error_responses(Unavailable)},
+        {**_answer("A processor and an engine are there.", "Ready"), **_error_responses(Unavailable)},
         operationId="ready",
     )
     metrics = _operation(

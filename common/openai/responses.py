@@ -1,60 +1,124 @@
-"""OpenAI's answers: `chat.completion`, and the `chat.completion.chunk` events of a stream."""
+"""OpenAI's answers: `chat.completion`, and the `chat.completion.chunk` events of a stream.
+
+What a field may hold is said by its type: the OpenAPI document is made of these types.
+"""
 
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-import orjson
 from fastapi.sse import format_sse_event
+from msgspec import UNSET, Meta, UnsetType
 
-from common.errors import BadUpstream, PipelineError
-from common.observability.request_path import RequestPath
+from common.errors import BadUpstream
 from common.observability.request_records import RequestRecord
 from common.openai.request import ChatCompletionRequest
-from common.wire import LogprobEntry, ProcessorChunk, Usage
+from common.wire import CallTrace, FinishReason, LogprobEntry, ProcessorChunk, Usage
 
 DONE = format_sse_event(data_str="[DONE]")
 MAX_ANSWER_CHARACTERS = 2**24  # no model of today writes that much in one answer
 
+Id = Annotated[str, Meta(pattern="^chatcmpl-")]
+UnixTime = Annotated[int, Meta(description="Unix time in seconds.")]
 
-def sse(event: dict[str, Any]) -> bytes:
+
+class JsonObject(msgspec.Struct, forbid_unknown_fields=True):
+    """An object with these fields and no others. One that is UNSET is left out."""
+
+
+class Path(JsonObject, kw_only=True):
+    """Where the request went. Not OpenAI's: only for those who ask with `x-show-path`. `pid` is the frontend's."""
+
+    pid: int
+    calls: list[CallTrace] | UnsetType = UNSET
+    first_us: int | UnsetType = UNSET
+    last_us: int | UnsetType = UNSET
+
+
+class Logprobs(JsonObject, kw_only=True):
+    content: list[LogprobEntry]
+    refusal: None = None
+
+
+class Message(JsonObject, kw_only=True):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(JsonObject, kw_only=True):
+    index: int
+    message: Message
+    logprobs: Logprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(JsonObject, kw_only=True):
+    id: Id
+    object: Literal["chat.completion"] = "chat.completion"
+    created: UnixTime
+    model: str
+    choices: list[Choice]
+    usage: Usage | None
+    path: Path | UnsetType = UNSET
+
+
+class Delta(JsonObject, kw_only=True):
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChunkChoice(JsonObject, kw_only=True):
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatCompletionChunk(JsonObject, kw_only=True):
+    id: Id
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: UnixTime
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    path: Path | UnsetType = UNSET
+
+
+class Model(JsonObject, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: UnixTime
+    owned_by: str = "dynamo"
+
+
+class Models(JsonObject, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def models_of(created: Iterable[tuple[str, int]]) -> Models:
+    """created: each model's name, and since when it is served."""
+    return Models(data=[Model(id=name, created=since) for name, since in created])
+
+
+def sse(event: Any) -> bytes:
     """One server-sent event: `data: {json}` and a blank line."""
-    return format_sse_event(data_str=orjson.dumps(event).decode())
+    return format_sse_event(data_str=msgspec.json.encode(event).decode())
 
 
-def _logprobs(entries: list[LogprobEntry] | None) -> dict[str, Any] | None:
-    return None if entries is None else {"content": entries, "refusal": None}
-
-
-def _path(path: RequestPath | None) -> dict[str, Any]:
-    """The field that says which way the answer went, for those who asked. It is not OpenAI's."""
-    return {} if path is None else {"path": path.to_json()}
-
-
-def _usage(usage: Usage | None) -> dict[str, Any] | None:
-    return None if usage is None else msgspec.to_builtins(usage)
-
-
-class _AnyAnswer:
-    """What a non-streaming answer and a stream have in common. `created` in Unix seconds.
-
-    record: of the request, which is finished with the answer. usage: known with the last chunk.
-    """
-
-    object: str
+class _Answer:
+    """What a non-streaming answer and a stream have in common. record: of the request, finished with the answer."""
 
     def __init__(self, request: ChatCompletionRequest, record: RequestRecord) -> None:
-        self.head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": self.object,
-            "created": int(time.time()),
-            "model": request.model,
-        }
+        chat_id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.head: dict[str, Any] = {"id": chat_id, "created": int(time.time()), "model": request.model}
         self.num_choices = request.n
         self.record = record
-        self.usage: Usage | None = None
+        self.usage: Usage | None = None  # known with the last chunk
         self._num_characters = 0
 
     def check(self, chunk: ProcessorChunk) -> None:
@@ -68,11 +132,13 @@ class _AnyAnswer:
             raise BadUpstream("The processor's answer does not end.")
         self.usage = chunk.usage or self.usage
 
+    @property
+    def path(self) -> Path | UnsetType:
+        return UNSET if self.record.path is None else Path(**self.record.path.to_json())
 
-class Answer(_AnyAnswer):
+
+class Answer(_Answer):
     """Collects the chunks of one request, for one JSON answer."""
-
-    object = "chat.completion"
 
     def __init__(self, request: ChatCompletionRequest, record: RequestRecord) -> None:
         super().__init__(request, record)
@@ -80,73 +146,69 @@ class Answer(_AnyAnswer):
 
     def restart(self) -> None:
         """Forget everything that was added."""
-        self._choices = [ProcessorChunk(index=index) for index in range(self.num_choices)]
+        self._chunks = [ProcessorChunk(index=index) for index in range(self.num_choices)]
 
     def add(self, chunk: ProcessorChunk) -> None:
         self.check(chunk)
-        choice = self._choices[chunk.index]
-        choice.content += chunk.content
-        choice.finish_reason = chunk.finish_reason or choice.finish_reason
+        so_far = self._chunks[chunk.index]
+        so_far.content += chunk.content
+        so_far.finish_reason = chunk.finish_reason or so_far.finish_reason
         if chunk.logprobs is not None:
-            choice.logprobs = (choice.logprobs or []) + chunk.logprobs
+            so_far.logprobs = (so_far.logprobs or []) + chunk.logprobs
 
     def to_json(self) -> bytes:
         self.record.finish()
         choices = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": choice.content, "refusal": None},
-                "logprobs": _logprobs(choice.logprobs),
-                "finish_reason": choice.finish_reason,
-            }
-            for choice in self._choices
+            Choice(
+                index=chunk.index,
+                message=Message(content=chunk.content),
+                logprobs=_logprobs(chunk.logprobs),
+                finish_reason=chunk.finish_reason or "stop",
+            )
+            for chunk in self._chunks
         ]
-        return orjson.dumps(self.head | {"choices": choices, "usage": _usage(self.usage)} | _path(self.record.path))
+        return msgspec.json.encode(ChatCompletion(**self.head, choices=choices, usage=self.usage, path=self.path))
 
 
-class AnswerStream(_AnyAnswer):
+class AnswerStream(_Answer):
     """Turns the chunks of one request into events. With usage, every event has that field, and one more carries it.
 
     That one carries the path, too, where one is asked for.
     """
-
-    object = "chat.completion.chunk"
 
     def __init__(self, request: ChatCompletionRequest, record: RequestRecord) -> None:
         super().__init__(request, record)
         self._usage_field: dict[str, Any] = {"usage": None} if request.is_usage_wanted else {}
         self._started: set[int] = set()
 
-    def _event(self, index: int, delta: dict[str, Any], finish_reason: str | None, logprobs: Any = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return sse(self.head | {"choices": [choice]} | self._usage_field)
+    def _event(self, choice: ChunkChoice) -> bytes:
+        return sse(ChatCompletionChunk(**self.head, choices=[choice], **self._usage_field))
 
     def events(self, chunk: ProcessorChunk) -> bytes:
         """The events for a chunk: the role first, an empty delta with the finish_reason last."""
         self.check(chunk)
+        index = chunk.index
         if self.record.path is not None:
             self.record.path.answering()
         events = b""
-        if chunk.index not in self._started:
-            self._started.add(chunk.index)
-            events += self._event(chunk.index, {"role": "assistant", "content": "", "refusal": None}, None)
+        if index not in self._started:
+            self._started.add(index)
+            events += self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="", refusal=None)))
         if chunk.content or chunk.logprobs:
-            events += self._event(chunk.index, {"content": chunk.content}, None, _logprobs(chunk.logprobs))
+            delta = Delta(content=chunk.content)
+            events += self._event(ChunkChoice(index=index, delta=delta, logprobs=_logprobs(chunk.logprobs)))
         if chunk.finish_reason is not None:
-            events += self._event(chunk.index, {}, chunk.finish_reason)
+            events += self._event(ChunkChoice(index=index, delta=Delta(), finish_reason=chunk.finish_reason))
         return events
 
     def end(self) -> bytes:
         self.record.finish()
-        if not self._usage_field and self.record.path is None:
+        path = self.path
+        if not self._usage_field and path is UNSET:
             return DONE
-        usage = {"usage": _usage(self.usage)} if self._usage_field else {}
-        return sse(self.head | {"choices": []} | usage | _path(self.record.path)) + DONE
+        usage = self.usage if self._usage_field else UNSET
+        return sse(ChatCompletionChunk(**self.head, choices=[], usage=usage, path=path)) + DONE
 
 
-def models_json(models: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
-    return [{"id": name, "object": "model", "created": created, "owned_by": "dynamo"} for name, created in models]
-
-
-def error_json(error: PipelineError) -> bytes:
-    return orjson.dumps(error.to_wire())
+def _logprobs(entries: list[LogprobEntry] | None) -> Logprobs | None:
+    return None if entries is None else Logprobs(content=entries)
