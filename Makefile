@@ -12,8 +12,6 @@ SUPPORTED_PYTHON = $(firstword $(foreach python,$(PYTHON_CANDIDATES),$(shell $(p
 UV := .uv/bin/uv
 VENV_PYTHON := .venv/bin/python
 MIN_FREE_GB ?= 10
-DATA_DIR ?= .data
-SUPERVISORCTL := $(VENV_PYTHON) -m supervisor.supervisorctl -c $(DATA_DIR)/run/supervisord.conf
 
 help:
 	@echo 'make setup       .venv with everything pinned in requirements.txt (10 GB of disk, about a minute)'
@@ -83,10 +81,10 @@ run: model
 	@$(VENV_PYTHON) -m launch.run
 
 restart-%:
-	@$(SUPERVISORCTL) restart $*
+	@$(VENV_PYTHON) -m launch.control $*
 
 status:
-	@$(SUPERVISORCTL) status || true
+	@$(VENV_PYTHON) -m launch.control
 
 test: model
 	@$(VENV_PYTHON) -m pytest

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
 from typing import Any
 
-from launch.command import LaunchError
-from launch.infra import local_opener
-from launch.settings import LOOPBACK, Settings, binary
+from launch.command import LaunchError, say
+from launch.settings import BIN, LOOPBACK, Settings
 
 ANSWER_TIMEOUT_S = 300
-INSTANCE_PREFIX = "v1/instances"
-EXPECTED_INSTANCES = ("inference/engine/generate", "inference/processor/process")
 
 # Dynamo's variables for a secured etcd, and etcdctl's for the same.
 ETCDCTL_VARIABLES = {
@@ -30,31 +28,34 @@ ETCDCTL_VARIABLES = {
 }
 
 
-class WrongAnswer(LaunchError):
-    """The pipeline is up and does not do what the chapter says; the message holds what it did."""
+def show_answer(settings: Settings) -> None:
+    """The chapter's fourth terminal, and its look into etcd.
+
+    Raises:
+        LaunchError: either is not what it should be; the message holds what it is.
+    """
+    say(f"\n$ {curl_command(settings)}")
+    started_at = time.monotonic()
+    answer = ask(settings)
+    say(json.dumps(answer, indent=2, ensure_ascii=False))
+    say(f"run: answered in {time.monotonic() - started_at:.1f} s")
+    say(f"\n$ {etcdctl_command(settings)}")
+    say(instances(settings))
 
 
-def chat_url(settings: Settings) -> str:
-    return f"{settings.frontend_url}/v1/chat/completions"
-
-
-def question(settings: Settings) -> str:
-    """The chapter's JSON, for this launch's model."""
-    return (
+def curl_command(settings: Settings) -> str:
+    """The chapter's curl, as a reader types it, for this launch's model."""
+    question = (
         "{\n"
         f'    "model": {json.dumps(settings.model)},\n'
         '    "messages": [{"role": "user", "content": "Hello!"}],\n'
         '    "max_tokens": 25\n'
         "  }"
     )
-
-
-def curl_command(settings: Settings) -> str:
-    """The chapter's curl, as a reader types it."""
     return (
-        f"curl -X POST {chat_url(settings)} \\\n"
+        f"curl -X POST {settings.frontend_url}/v1/chat/completions \\\n"
         '  -H "Content-Type: application/json" \\\n'
-        f"  -d {shlex.quote(question(settings))}"
+        f"  -d {shlex.quote(question)}"
     )
 
 
@@ -62,73 +63,78 @@ def ask(settings: Settings) -> dict[str, Any]:
     """Send the question with that very command, or without curl on this machine, the same bytes.
 
     Raises:
-        WrongAnswer: it is not a chat completion that says something.
+        LaunchError: it is not a chat completion that says something.
     """
-    try:
-        body = _with_curl(settings) if shutil.which("curl") else _without_curl(settings)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise WrongAnswer(f"the request failed: {error}") from error
+    command = curl_command(settings)
+    if shutil.which("curl"):
+        no_proxy = {"NO_PROXY": f"localhost,{LOOPBACK}", "no_proxy": f"localhost,{LOOPBACK}"}
+        body = _output(["sh", "-c", command], **no_proxy)
+    else:
+        _, _, _, url, *_, question = shlex.split(command)
+        try:
+            _, body = fetch(url, question, timeout_s=ANSWER_TIMEOUT_S)
+        except OSError as error:
+            raise LaunchError(f"the request failed: {error}") from error
     try:
         answer: dict[str, Any] = json.loads(body)
-        content = answer["choices"][0]["message"]["content"]
+        is_answer = bool(answer["choices"][0]["message"]["content"])
     except (ValueError, LookupError, TypeError):
-        raise WrongAnswer(f"the answer is not a chat completion: {body.strip() or 'nothing'}") from None
-    if not content:
-        raise WrongAnswer(f"the answer has no content: {body}")
+        is_answer = False
+    if not is_answer:
+        raise LaunchError(f"the answer is not a chat completion with content: {body.strip() or 'nothing'}")
     return answer
 
 
-def _with_curl(settings: Settings) -> str:
-    no_proxy = {"NO_PROXY": f"localhost,{LOOPBACK}", "no_proxy": f"localhost,{LOOPBACK}"}
-    done = subprocess.run(
-        ["sh", "-c", curl_command(settings)],
-        capture_output=True,
-        text=True,
-        timeout=ANSWER_TIMEOUT_S,
-        env=os.environ | no_proxy,
-    )
+def fetch(url: str, json_body: str | None = None, *, timeout_s: float) -> tuple[int, str]:
+    """GET, or POST some JSON: the status and the body, of an error too.
+
+    Raises:
+        OSError: there is no answer.
+    """
+    data = json_body.encode() if json_body else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    # A proxy that the environment names has nothing to do with this machine's own servers.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout_s) as response:
+            return response.status, str(response.read(), "utf-8")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, str(error.read(), "utf-8")
+    except http.client.HTTPException as error:
+        raise OSError(f"no HTTP: {error!r}") from error
+
+
+def _output(command: list[str], **environ: str) -> str:
+    """What a command prints. Raises LaunchError with its last complaint where it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, env=os.environ | environ
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{command[0]} failed: {error}") from error
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise WrongAnswer(f"the request failed: {said[-1]}")
+        raise LaunchError(f"the request failed: {said[-1]}")
     return done.stdout
-
-
-def _without_curl(settings: Settings) -> str:
-    request = urllib.request.Request(
-        chat_url(settings),
-        data=question(settings).encode(),
-        headers={"Content-Type": "application/json"},
-        method="POST",
-    )
-    try:
-        with local_opener().open(request, timeout=ANSWER_TIMEOUT_S) as response:
-            return str(response.read(), "utf-8")
-    except urllib.error.HTTPError as error:  # as curl does: an error's body is an answer too
-        with error:
-            return str(error.read(), "utf-8")
 
 
 def etcdctl_command(settings: Settings) -> str:
     """As a reader types it, from the checkout."""
     is_default = settings.etcd_endpoints in ("http://127.0.0.1:2379", "http://localhost:2379")
     where = "" if is_default else f" --endpoints {shlex.quote(settings.etcd_endpoints)}"
-    return f".venv/bin/etcdctl{where} get --prefix {INSTANCE_PREFIX}"
+    return f".venv/bin/etcdctl{where} get --prefix v1/instances"
 
 
-def instances(settings: Settings, environ: Mapping[str, str]) -> str:
+def instances(settings: Settings) -> str:
     """What etcdctl prints of the pipeline's instances.
 
     Raises:
-        WrongAnswer: the engine or the processor is not among them.
+        LaunchError: the engine or the processor is not among them.
     """
-    secured = {theirs: environ[ours] for ours, theirs in ETCDCTL_VARIABLES.items() if environ.get(ours)}
-    arguments = shlex.split(etcdctl_command(settings))[1:]
-    done = subprocess.run(
-        [binary("etcdctl"), *arguments], capture_output=True, text=True, timeout=30, env={**environ, **secured}
-    )
-    if done.returncode != 0:
-        raise WrongAnswer(f"etcdctl failed: {done.stderr.strip()}")
-    for instance in EXPECTED_INSTANCES:
-        if f"{INSTANCE_PREFIX}/{instance}/" not in done.stdout:
-            raise WrongAnswer(f"etcd knows no instance of {instance}: {done.stdout.strip() or 'it is empty'}")
-    return done.stdout
+    secured = {theirs: os.environ[ours] for ours, theirs in ETCDCTL_VARIABLES.items() if os.environ.get(ours)}
+    found = _output([str(BIN / "etcdctl"), *shlex.split(etcdctl_command(settings))[1:]], **secured)
+    for instance in ("inference/engine/generate", "inference/processor/process"):
+        if f"v1/instances/{instance}/" not in found:
+            raise LaunchError(f"etcd knows no instance of {instance}: {found.strip() or 'it is empty'}")
+    return found

