@@ -85,21 +85,22 @@ async def wait_until_ready(supervisor: Supervisor, settings: Settings) -> None:
 def what_is_missing(settings: Settings) -> str | None:
     """Ask the frontend's /ready. None where nothing is missing, else a sentence."""
     try:
-        status, body = fetch(f"http://{LOOPBACK}:{settings.http_port}/ready", timeout_s=5)
-    except OSError:
-        return "Waiting for frontend."
-    try:
+        status, body = fetch(settings.http_port, "/ready", timeout_s=5)
         return None if status == 200 else str(json.loads(body)["error"]["message"])
+    except LaunchError:
+        return "Waiting for frontend."
     except (ValueError, LookupError, TypeError):
-        return f"/ready says {status}."
+        return f"/ready says {body!r}."
 
 
 def show_what_next(settings: Settings) -> None:
     """How to talk to it, look into it, and stop it."""
-    say(f"run: the pipeline stays up at {settings.frontend_url}; its own docs are at {settings.frontend_url}/docs")
-    say("run: ask again with the curl above, from another terminal")
-    say("run: change engine.py and `make restart-engine`: the others go on; also -processor, -frontend")
-    say("run: Ctrl-C stops everything. What happens meanwhile:")
+    say(
+        f"run: the pipeline stays up at {settings.frontend_url}; its own docs are at {settings.frontend_url}/docs\n"
+        "run: ask again with the curl above, from another terminal\n"
+        "run: change engine.py and `make restart-engine`: the others go on; also -processor, -frontend\n"
+        "run: Ctrl-C stops everything. What happens meanwhile:"
+    )
 
 
 async def main() -> None:
