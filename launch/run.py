@@ -46,17 +46,17 @@ async def run(settings: Settings) -> None:
 
 def component_programs(settings: Settings) -> list[Program]:
     """The chapter's three commands. The frontend stops first, so that what it waits for is still there."""
-    python = sys.executable
-    commands = {
-        "engine": [python, "engine.py", "--model-path", settings.model, *settings.engine_args],
-        "processor": [python, "processor.py", "--model", settings.model],
-        "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port)],
-    }
     servers = {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
     environ = os.environ | servers | {"PYTHONUNBUFFERED": "1"}
-    ports = {"frontend": {"HTTP_PORT": settings.http_port}}
+
+    def component(name: str, *args: str, **ports: int) -> Program:
+        return Program(name=name, command=[sys.executable, f"{name}.py", *args], environ=environ, ports=ports)
+
+    http_port = settings.http_port
     return [
-        Program(name=name, command=commands[name], environ=environ, ports=ports.get(name, {})) for name in COMPONENTS
+        component("engine", "--model-path", settings.model, *settings.engine_args),
+        component("processor", "--model", settings.model),
+        component("frontend", "--host", LOOPBACK, "--port", str(http_port), HTTP_PORT=http_port),
     ]
 
 

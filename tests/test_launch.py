@@ -302,7 +302,7 @@ class TestSupervisor:
         once = f"import os, sys\nos.path.exists('{tmp_path}/ran') and sys.exit(1)\nopen('{tmp_path}/ran', 'w')\n"
         async with supervised(tmp_path / "run", once=once + UP + SLEEPS, first=UP + SLEEPS, second=UP + SLEEPS):
             before = pids(tmp_path / "run")
-            restarts = [await control_program(tmp_path, name) for name in ("first", "once", "third")]
+            restarts = await asyncio.gather(*(control_program(tmp_path, name) for name in ("first", "once", "third")))
             after = pids(tmp_path / "run")
             _, status, _ = await control_program(tmp_path)
         assert restarts[0] == (0, "first: stopped\nfirst: started\n", "")
