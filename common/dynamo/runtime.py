@@ -12,8 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec
 
 from common.dynamo import releases
@@ -22,6 +21,7 @@ from common.dynamo.network import RESPONSE_HOST, detect_dead_peers, is_out_of_re
 from common.dynamo.releases import Context
 from common.dynamo.servers import ServersMissing, is_lease_known
 from common.dynamo.service import service
+from common.dynamo.serving import Handler, Serving
 from common.environment import check_system_port, chosen_cpus, stay_on
 from common.observability.logs import log_json_lines
 
@@ -41,7 +41,6 @@ MAX_REFUSALS = 3
 
 P = ParamSpec("P")
 Running = Coroutine[Any, Any, None]
-Handler = Callable[[dict[str, Any], Context], AsyncGenerator[dict[str, Any], None]]
 
 
 def configure_dynamo_logging() -> None:
@@ -91,7 +90,7 @@ class Endpoint:
         runtime = self._runtime
         if isinstance(handler, service):
             handler.count_in(await runtime.metrics(self._path[1]))
-        counted = self._counting(handler)
+        serving = Serving(handler, runtime)
         has_served, num_refusals = False, 0
         while not runtime.is_stopping.is_set():
             generation = runtime.generation
@@ -99,7 +98,7 @@ class Endpoint:
             runtime.serving(str(self), raw_endpoint)
             logger.info("serving %s", self)
             try:
-                await raw_endpoint.serve_endpoint(counted, graceful_shutdown=True)
+                await raw_endpoint.serve_endpoint(serving.answer, graceful_shutdown=True)
                 has_served = True
             except Exception as error:  # etcd took no key from us: it may have gone away just now
                 num_refusals += 1
@@ -111,33 +110,6 @@ class Endpoint:
                 logger.warning("etcd has forgotten %s; registering again as soon as it answers", self)
                 await runtime.reconnect(generation)
         await runtime.is_drained.wait()
-
-    def _counting(self, handler: Handler) -> Handler:
-        runtime, loop = self._runtime, asyncio.get_running_loop()
-
-        async def close(stream: AsyncGenerator[dict[str, Any], None]) -> None:
-            try:
-                await stream.aclose()
-            finally:
-                runtime.num_in_flight -= 1
-
-        async def counted(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
-            runtime.num_in_flight += 1
-            stream = handler(request, context)
-            try:
-                async for item in stream:
-                    yield item
-            except GeneratorExit:
-                # Dynamo drops a stream that nobody reads in a thread of its own, where nothing can be awaited.
-                with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(lambda: runtime.run_in_background(close(stream)))
-                raise
-            except BaseException:
-                runtime.num_in_flight -= 1
-                raise
-            runtime.num_in_flight -= 1
-
-        return counted
 
     async def client(self) -> "Client":
         client = Client(self._runtime, self)
