@@ -44,10 +44,10 @@ class RequestHandler:
         """Yields text as it becomes final; the last chunk has the finish_reason and the usage."""
         self.description.check(request.model)
         check_logit_bias(request, self.tokenizer.vocab_size)
-        self.tokenizer.context_length = await self.engines.context_length()
-        token_ids = await self.tokenizer.encode_chat(request.messages)
+        limits = await self.engines.limits()
+        token_ids = await self.tokenizer.encode_chat(request.messages, limits)
         context.record.num_prompt_tokens = len(token_ids)
-        max_tokens = self.tokenizer.answer_budget(len(token_ids), request.num_tokens_asked)
+        max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)
         choices = [Choice(self.tokenizer, request, index, max_tokens) for index in range(request.n)]
         answers = [self._answer(request, token_ids, choice, context) for choice in choices]
         num_unfinished = request.n

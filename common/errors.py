@@ -15,6 +15,7 @@
     |- BadUpstream 502
     |- Unavailable 503
     |  |- Aborted
+    |  |- Busy
     |- DeadlineExceeded 504
 
 Knows nothing about HTTP servers: the frontend turns `status` into a response, the other two send the dict.
@@ -129,6 +130,12 @@ class Aborted(Unavailable):
     code = "aborted"
 
 
+class Busy(Unavailable):
+    """A worker takes no more requests just now: another one may, or this one later. It is not broken."""
+
+    code = "busy"
+
+
 class DeadlineExceeded(PipelineError):
     """The answer took too long."""
 
@@ -139,7 +146,7 @@ _BY_CODE: dict[str | None, type[PipelineError]] = {
     error.code: error
     for error in (
         ContextLengthExceeded, ModelNotFound, RequestTooLarge, Overloaded,
-        InternalError, BadUpstream, Unavailable, Aborted, DeadlineExceeded,
+        InternalError, BadUpstream, Unavailable, Aborted, Busy, DeadlineExceeded,
     )
 }  # fmt: skip
 

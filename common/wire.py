@@ -117,6 +117,7 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together.
 
     vocab_size: rows of the model's embedding. tokenizer_sha256: see `tokenizer_identity`; "" where it is not known.
+    max_input_tokens: the longest prompt that it takes; None: all that leave room for a token.
     """
 
     model: str
@@ -124,6 +125,7 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     vocab_size: int
     is_seed_supported: bool = False
     tokenizer_sha256: str = ""
+    max_input_tokens: int | None = None
 
 
 class Usage(msgspec.Struct):

@@ -52,6 +52,23 @@ def test_requests_that_come_and_go_while_others_are_looked_at_stop_nothing() -> 
     assert stopped == ["first", "second", "new", "new"]
 
 
+def test_an_action_that_fails_takes_the_cancellation_from_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("a bug")
+
+    async def run() -> None:
+        for _ in range(2):  # both those that are looked at together with it, and those that come later
+            stopped = asyncio.Event()
+            with ExitStack() as watched:
+                for action in (fail, stopped.set):
+                    watched.enter_context(when_stopped(cast("Context", LookedAt(lambda: None)), action))
+                async with asyncio.timeout(10):
+                    await stopped.wait()
+
+    asyncio.run(run())
+    assert caplog.text.count("RuntimeError: a bug") == 2
+
+
 @pytest.mark.process
 def test_abandoned_handlers_are_closed_on_the_loop_and_hold_up_no_stop(own_scripts: Pipeline) -> None:
     """A handler may wait for something in its last moments, though Dynamo drops its stream in a thread of its own."""

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.arguments import parse_processor_args
+from common.context_limits import ContextLimits
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai.messages import Message
 from common.openai.request import parse_chat_request
@@ -33,6 +34,7 @@ TEXTS = (
 JSON_OF_MESSAGE = '{"role":"user","content":""}'
 SHORT = "x" * (SHORT_CHARACTERS - len(JSON_OF_MESSAGE))
 IM_START, IM_END = 1, 2
+LIMITS = ContextLimits(8192, 8191)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def reference() -> PreTrainedTokenizerBase:
 
 
 def ids_of(tokenizer: ChatTokenizer, messages: list[Message]) -> list[int]:
-    return asyncio.run(tokenizer.encode_chat(messages))
+    return asyncio.run(tokenizer.encode_chat(messages, LIMITS))
 
 
 def ids_of_transformers(reference: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -121,10 +123,27 @@ def test_only_short_conversations_are_encoded_in_the_event_loop(
 ) -> None:
     threads: list[threading.Thread] = []
     encode = tokenizer._encode
-    monkeypatch.setattr(tokenizer, "_encode", lambda given: threads.append(threading.current_thread()) or encode(given))
+    monkeypatch.setattr(
+        tokenizer, "_encode", lambda *given: threads.append(threading.current_thread()) or encode(*given)
+    )
     ids_of(tokenizer, messages)
     (thread,) = threads
     assert (thread is threading.main_thread()) == is_inline
+
+
+@pytest.mark.parametrize("text", ["word " * 200, "word " * 400], ids=["inline", "in a thread"])
+def test_conversations_at_the_same_time_keep_to_their_own_limits(tokenizer: ChatTokenizer, text: str) -> None:
+    """Engines come and go while a conversation is encoded."""
+
+    async def run() -> list[list[int] | BaseException]:
+        calls = [tokenizer.encode_chat(messages_of(text), limits) for limits in (LIMITS, ContextLimits(100, 99))]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    accepted, refused = asyncio.run(run())
+    assert isinstance(accepted, list)
+    assert len(accepted) > 100
+    assert isinstance(refused, ContextLengthExceeded)
+    assert f"at most 99 of them in the messages. Your messages have {len(accepted)} tokens" in refused.message
 
 
 def test_a_tokenizer_that_cuts_or_pads_does_neither_here(reference: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -142,12 +161,14 @@ WITHOUT_TORCH = """
 import asyncio, json, sys
 from pathlib import Path
 import processor
+from common.context_limits import ContextLimits
 from common.openai.request import parse_chat_request
 
 model, *texts = sys.argv[1:]
 tokenizer = processor.ChatTokenizer.load(model)
 requests = [parse_chat_request({"model": "m", "messages": [{"role": "user", "content": text}]}) for text in texts]
-ids = [asyncio.run(tokenizer.encode_chat(request.messages)) for request in requests]
+limits = ContextLimits.of([tokenizer.model])
+ids = [asyncio.run(tokenizer.encode_chat(request.messages, limits)) for request in requests]
 peak_mb = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 told = {"ids": ids, "defaults": tokenizer.sampling_defaults, "peak_mb": peak_mb, "modules": list(sys.modules)}
 print(json.dumps(told))

@@ -1,4 +1,7 @@
-"""Races of `common.dynamo.failover` that real processes lose too rarely to be tested with them."""
+"""What `common.dynamo.failover` makes of each way in which a call can end.
+
+The races among them are those that real processes lose too rarely to be tested with them.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -8,9 +11,10 @@ import pytest
 
 from common.dynamo.failover import MAX_BROKEN_CALLS, FailoverClient
 from common.dynamo.runtime import Client, Context
-from common.errors import BadUpstream
+from common.errors import Aborted, BadUpstream, Busy, InvalidRequest, Unavailable
 from common.observability.metrics import Metrics
-from common.wire import PROCESSOR_ANSWERS, ProcessorChunk
+from common.sampling import ENGINE_ANSWERS
+from common.wire import PROCESSOR_ANSWERS, AnswerProtocol, C, EngineChunk, ProcessorChunk
 from tests.contexts import request_context
 
 
@@ -26,9 +30,9 @@ class AllOf:
         return list(await self._client.instance_ids())
 
 
-def failover_client(client: Any) -> FailoverClient[ProcessorChunk]:
+def failover_client(client: Any, protocol: AnswerProtocol[C]) -> FailoverClient[C]:
     client.num_instances = lambda: 0
-    return FailoverClient(cast("Client", client), AllOf(client), PROCESSOR_ANSWERS, Metrics("processor"))
+    return FailoverClient(cast("Client", client), AllOf(client), protocol, Metrics("processor"))
 
 
 class Chunk:
@@ -105,7 +109,7 @@ def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answer_of(client: GoneButListed) -> list[ProcessorChunk]:
     async def run() -> list[ProcessorChunk]:
-        response_stream = await failover_client(client).generate({}, context=request_context())
+        response_stream = await failover_client(client, PROCESSOR_ANSWERS).generate({}, context=request_context())
         return [chunk.data() async for chunk in response_stream]
 
     return asyncio.run(run())
@@ -125,7 +129,7 @@ def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:
 
     async def run() -> list[list[str]]:
         dying = DyingInstance()
-        client = failover_client(dying)
+        client = failover_client(dying, PROCESSOR_ANSWERS)
 
         async def ask(what: str) -> list[str]:
             response_stream = await client.generate({"ask": what}, context=request_context())
@@ -136,3 +140,85 @@ def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:
         return await asyncio.gather(slow, ask("quick"))
 
     assert asyncio.run(run()) == [["from 2", "end"]] * 2
+
+
+class Answering:
+    """Instances that answer each call with the next of their answers, and with the last one from then on.
+
+    calls: who was called, in order.
+    """
+
+    generation = 1
+
+    def __init__(self, answers: dict[int, list[list[dict[str, Any]]]]) -> None:
+        self._answers = answers
+        self.calls: list[int] = []
+
+    def __str__(self) -> str:
+        return "engines"
+
+    async def instance_ids(self) -> list[int]:
+        return list(self._answers)
+
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+        self.calls.append(instance_id)
+        answers = self._answers[instance_id]
+        return self._stream(answers.pop(0) if len(answers) > 1 else answers[0])
+
+    async def _stream(self, answer: list[dict[str, Any]]) -> AsyncGenerator[Chunk, None]:
+        for data in answer:
+            yield Chunk(data)
+
+
+FIRST_TOKEN, ANSWER = [{"token_ids": [0]}], [{"token_ids": [1], "finish_reason": "stop"}]
+BUSY, REFUSED, ABORTED = ([kind("Told so.").to_wire()] for kind in (Busy, InvalidRequest, Aborted))
+
+
+def ask(engines: Answering, num_requests: int = 1) -> list[list[int]]:
+    """The tokens of each answer, one request after the other."""
+
+    async def run() -> list[list[int]]:
+        client: FailoverClient[EngineChunk] = failover_client(engines, ENGINE_ANSWERS)
+        answers = []
+        for _ in range(num_requests):
+            response_stream = await client.generate({"token_ids": [7]}, context=request_context())
+            answers.append([token_id async for chunk in response_stream for token_id in chunk.data().token_ids])
+        return answers
+
+    return asyncio.run(run())
+
+
+def test_a_request_that_an_engine_refuses_is_not_repeated() -> None:
+    engines = Answering({1: [REFUSED], 2: [REFUSED]})
+    with pytest.raises(InvalidRequest, match="Told so"):
+        ask(engines)
+    assert len(engines.calls) == 1
+
+
+def test_a_busy_engine_is_passed_over_for_this_request_only() -> None:
+    engines = Answering({1: [BUSY], 2: [ANSWER]})
+    assert ask(engines, 4) == [[1]] * 4
+    assert engines.calls.count(1) > 1
+    assert engines.calls.count(2) == 4
+
+
+def test_when_all_engines_are_busy_the_client_hears_so_at_once() -> None:
+    engines = Answering({1: [BUSY], 2: [BUSY]})
+    with pytest.raises(Unavailable, match="All instances of engines are busy") as caught:
+        ask(engines)
+    assert caught.value.retry_after_s
+    assert sorted(engines.calls) == [1, 2]
+
+
+def test_an_answer_that_has_begun_waits_for_a_busy_engine(short_rest: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.dynamo.failover._BUSY_PAUSE_S", 0.01)
+    engines = Answering({1: [FIRST_TOKEN, BUSY, BUSY, ANSWER]})
+    assert ask(engines) == [[0, 1]]
+    assert engines.calls == [1] * 4
+
+
+def test_an_engine_that_gives_a_request_up_rests_while_others_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.dynamo.instances.QUARANTINE_S", 1000)
+    engines = Answering({1: [ABORTED], 2: [ANSWER]})
+    assert ask(engines, 4) == [[1]] * 4
+    assert engines.calls.count(1) == 1

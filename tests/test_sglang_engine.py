@@ -1,6 +1,6 @@
-"""What is left of a request that nobody waits for any more: nothing, whichever way it was left.
+"""How a request ends: read to its end, left, cancelled, or aborted by SGLang.
 
-On the benchmark's stand-in for `sglang.Engine`; that the real one aborts is for test_engine_faults.
+On stand-ins for `sglang.Engine`; what the real one does is for test_engine_faults.
 """
 
 import asyncio
@@ -9,8 +9,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from fastapi import HTTPException
 
 from bench.fake_sglang.engine import Engine
+from common.dynamo.context import RequestContext
+from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sglang.engine import SGLangEngine
 from common.sglang.stream_pace import Output, StreamPace
 from common.wire import EngineDescription, EngineRequest, OutputOptions, StopConditions
@@ -37,10 +40,12 @@ def engine(embedded_model: str) -> SGLangEngine:
     return bare
 
 
-def request(engine: SGLangEngine, *, stream: bool, max_tokens: int = FOREVER) -> AsyncGenerator[Output, None]:
+def request(
+    engine: SGLangEngine, *, stream: bool, max_tokens: int = FOREVER, context: RequestContext | None = None
+) -> AsyncGenerator[Output, None]:
     stop, options = StopConditions(max_tokens=max_tokens), OutputOptions(stream=stream)
     asked = EngineRequest([1, 2, 3], stop_conditions=stop, output_options=options)
-    return engine.generate(asked, request_context("engine"))
+    return engine.generate(asked, context or request_context("engine"))
 
 
 async def close_it(stream: AsyncGenerator[Output, None]) -> None:
@@ -86,3 +91,50 @@ def test_a_request_that_was_read_to_its_end_is_not_aborted(
 
     asyncio.run(run())
     assert aborted == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_was_cancelled_just_ends(engine: SGLangEngine, stream: bool) -> None:
+    async def run() -> list[Output]:
+        context = request_context("engine")
+        asyncio.get_running_loop().call_later(0.01, context.raw.stop_generating)
+        async with asyncio.timeout(10):
+            return [output async for output in request(engine, stream=stream, context=context)]
+
+    assert all(output["meta_info"]["finish_reason"] is None for output in asyncio.run(run()))
+
+
+class AbortingEngine:
+    """Ends each request as SGLang 0.5.16 does: by an exception where nobody streams and the abort has a status code."""
+
+    def __init__(self, status_code: int | None) -> None:
+        self._finish_reason = {"type": "abort", "message": "Told so.", "status_code": status_code, "err_type": None}
+        self._status_code = status_code
+
+    async def async_generate(self, *, stream: bool, **_: Any) -> Any:
+        output = {"output_ids": [], "meta_info": {"finish_reason": self._finish_reason}}
+        if stream:
+            return self._stream(output)
+        if self._status_code == 400:
+            raise ValueError("Told so.")
+        if self._status_code is not None:
+            raise HTTPException(self._status_code, "Told so.")
+        return output
+
+    async def _stream(self, output: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        yield output
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("status_code", "kind"), [(400, InvalidRequest), (503, Busy), (500, Aborted), (None, Aborted)])
+def test_an_abort_is_the_error_that_its_status_code_says(
+    engine: SGLangEngine, status_code: int | None, kind: type[PipelineError], stream: bool
+) -> None:
+    engine._engine = AbortingEngine(status_code)
+
+    async def run() -> None:
+        await anext(request(engine, stream=stream))
+
+    with pytest.raises(PipelineError, match=r": Told so\.$") as caught:
+        asyncio.run(run())
+    assert type(caught.value) is kind

@@ -82,6 +82,7 @@ class TokenizerManager:
         config = json.loads((Path(server_args.model_path) / "config.json").read_text())
         context_len = server_args.context_length or config["max_position_embeddings"]
         self.model_config = SimpleNamespace(context_len=context_len, vocab_size=config["vocab_size"])
+        self.max_req_input_len, self.num_reserved_tokens = context_len, 0
         self.server_args = server_args
         self.rid_to_state: dict[str, Request] = {}
         self._is_incremental = bool(server_args.incremental_streaming_output)

@@ -7,6 +7,7 @@ a second, costs next to nothing.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from itertools import count
 
 from common.dynamo.releases import Context, child_of
 from common.observability.request_records import RequestRecord
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 
@@ -24,13 +27,15 @@ class _Watcher:
     def __init__(self) -> None:
         self._watched: dict[int, tuple[Context, Callable[[], None]]] = {}
         self._keys = count()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, context: Context, action: Callable[[], None]) -> int:
         key = next(self._keys)
         self._watched[key] = (context, action)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(POLL_S, self._look)
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._loop is not loop:  # the timer of a loop that has ended rings no more
+            self._loop, self._timer = loop, loop.call_later(POLL_S, self._look)
         return key
 
     def remove(self, key: int) -> None:
@@ -41,7 +46,10 @@ class _Watcher:
         stopped = [(key, action) for key, (context, action) in self._watched.copy().items() if context.is_stopped()]
         for key, action in stopped:
             self.remove(key)
-            action()
+            try:
+                action()
+            except Exception:  # one action's bug is not the others'
+                logger.exception("could not stop what a caller gave up")
         self._timer = asyncio.get_running_loop().call_later(POLL_S, self._look) if self._watched else None
 
 

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from common.context_limits import ContextLimits
 from common.dynamo import releases
 from common.dynamo.runtime import Client
 from common.errors import ModelNotFound
@@ -138,12 +139,12 @@ class EngineDirectory:
         self._ours = ours
         self.ineligible_reason = f"Those that run have another tokenizer than {ours.model}, or have not said which."
         self._is_compatible: dict[int, bool] = {}
-        self._context_length = ours.context_length
+        self._limits = ContextLimits.of([ours])
 
-    async def context_length(self) -> int:
-        """Tokens that prompt and answer share: the least of what our model has and what its engines were given."""
+    async def limits(self) -> ContextLimits:
+        """What fits into our model's context and into each of its engines."""
         await self._refresh()
-        return self._context_length
+        return self._limits
 
     async def _refresh(self) -> None:
         known = await self._engines.current()
@@ -154,8 +155,7 @@ class EngineDirectory:
             for instance_id, description in known.items()
         }
         compatible_engines = [known[each] for each, is_compatible in self._is_compatible.items() if is_compatible]
-        lengths = [engine.context_length for engine in compatible_engines if engine is not None]
-        self._context_length = min([self._ours.context_length, *lengths])
+        self._limits = ContextLimits.of([self._ours, *(engine for engine in compatible_engines if engine is not None)])
 
     async def eligible(self, request: dict[str, Any]) -> set[int]:
         await self._refresh()

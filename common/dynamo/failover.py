@@ -19,7 +19,7 @@ from common.dynamo.context import child_context
 from common.dynamo.instances import Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
 from common.dynamo.network import too_large_for_nats
 from common.dynamo.runtime import Client
-from common.errors import Aborted, BadUpstream, DeadlineExceeded, PipelineError, Unavailable
+from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, PipelineError, Unavailable
 from common.observability.metrics import Metrics
 from common.observability.request_records import CallRecord
 from common.wire import AnswerProtocol, C, to_wire
@@ -29,6 +29,7 @@ T = TypeVar("T")
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
 _RETRY_PAUSE_S = 0.05
+_BUSY_PAUSE_S = 1.0
 _CLOSING_TIMEOUT_S = 1.0
 
 # Which of the eligible instances gets an attempt: `async with choose(request, instance_ids) as instance_id`. The block
@@ -102,7 +103,7 @@ class FailoverClient(Generic[C]):
         because the answer begins anew.
 
         Raises, while the stream is read:
-            Unavailable: no instance within `wait_s`. DeadlineExceeded: no end within `answer_s`.
+            Unavailable: no instance within `wait_s`, or all are busy. DeadlineExceeded: no end within `answer_s`.
             RequestTooLarge: NATS would not carry the request.
             BadUpstream: MAX_BROKEN_CALLS instances broke over it, or one broke midway and the answer cannot go on.
             PipelineError: what the worker answered.
@@ -116,19 +117,28 @@ class FailoverClient(Generic[C]):
     ) -> AsyncGenerator[Chunk[C], None]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._limits.wait_s
-        num_broken_calls = 0
+        num_broken_calls, is_begun, busy = 0, False, set[int]()
         while num_broken_calls < MAX_BROKEN_CALLS:
             eligible = await self._instances.eligible(request, context, deadline)
             if not eligible:
                 return
+            if busy.issuperset(eligible):
+                raise Unavailable(f"All instances of {self._client} are busy.")
             delivered: list[C] = []
             try:
-                async with self.choose(request, eligible) as instance_id:
+                async with self.choose(request, [each for each in eligible if each not in busy]) as instance_id:
                     async with aclosing(self._attempt(request, instance_id, context)) as chunks:
                         async for chunk in chunks:
                             delivered.append(chunk)
                             yield Chunk(chunk)
                     return
+            except Busy:
+                if context.is_stopped():
+                    return
+                if is_begun or delivered:  # what was delivered is worth waiting for the rest
+                    await asyncio.sleep(_BUSY_PAUSE_S)
+                else:
+                    busy.add(instance_id)
             except InstanceFailed as failure:
                 if context.is_stopped():
                     return
@@ -138,6 +148,7 @@ class FailoverClient(Generic[C]):
                     deadline = loop.time() + self._limits.wait_s
             if loop.time() > deadline:
                 raise Unavailable(f"No instance of {self._client} answers.")
+            is_begun = is_begun or bool(delivered)
             (self._metrics.migrations if delivered else self._metrics.retries).inc()
             if delivered and on_restart is not None:
                 on_restart()
@@ -161,7 +172,7 @@ class FailoverClient(Generic[C]):
         """The chunks of one instance, until it has finished all choices.
 
         Raises:
-            InstanceFailed: it has not.
+            InstanceFailed: it has not. Busy: it did not want to.
         """
         call = context.record.calling(instance_id)
         num_unfinished, num_empty = request.get("n") or 1, 0
@@ -178,7 +189,7 @@ class FailoverClient(Generic[C]):
                         await _read_to_the_end(stream)
                         return
             raise InstanceFailed("its stream ended without a finish_reason")
-        except InstanceFailed:
+        except (InstanceFailed, Busy):
             call.broke()
             raise
 

@@ -6,10 +6,13 @@ import signal
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from starlette.exceptions import HTTPException
+
 from common.dynamo.context import RequestContext, when_stopped
-from common.errors import Aborted, InvalidRequest
+from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sampling import sglang_sampling_params
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
 from common.sglang.stream_pace import Output, StreamPace
@@ -42,6 +45,7 @@ class SGLangEngine:
             tokenizer_sha256=tokenizer_sha256(
                 server_args.tokenizer_path or server_args.model_path, server_args.revision
             ),
+            max_input_tokens=_max_input_tokens(self._tokenizer_manager),
         )
 
     @classmethod
@@ -58,9 +62,11 @@ class SGLangEngine:
     async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Output, None]:
         """SGLang's items for one request; only the last one where nobody streams. Leaving early aborts the request.
 
+        They just end when `context` is stopped.
+
         Raises:
-            InvalidRequest: SGLang does not take these parameters.
-            Aborted: the request was aborted, by us or because SGLang is going down.
+            InvalidRequest: SGLang does not take these parameters, or so many tokens. Busy: its queue is full.
+            Aborted: SGLang gave the request up.
         """
         if request.sampling_options.seed is not None and not self.description.is_seed_supported:
             raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
@@ -74,7 +80,12 @@ class SGLangEngine:
                     yield output
             is_complete = True
         except ValueError as error:
-            raise InvalidRequest(f"The engine does not take this request: {error}.") from error
+            raise _error_of(HTTPStatus.BAD_REQUEST, str(error)) from error
+        except HTTPException as error:  # an abort with a status code, where nobody streams
+            raise _error_of(error.status_code, error.detail) from error
+        except Aborted:
+            if not context.is_stopped():  # otherwise it was us
+                raise
         finally:
             if not is_complete:
                 with suppress(RuntimeError):  # the loop has ended
@@ -139,5 +150,21 @@ def _is_last(output: Output) -> bool:
 def _checked(output: Output) -> Output:
     finish_reason = output["meta_info"]["finish_reason"]
     if finish_reason and finish_reason["type"] == "abort":
-        raise Aborted("The engine aborted the request.")
+        raise _error_of(finish_reason.get("status_code"), finish_reason["message"])
     return output
+
+
+def _error_of(status: int | None, message: str) -> PipelineError:
+    """Whose fault an abort is: SGLang says it with one of HTTP's status codes."""
+    message = message.rstrip(".")
+    if status == HTTPStatus.BAD_REQUEST:
+        return InvalidRequest(f"The engine does not take this request: {message}.")
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return Busy(f"The engine takes no more requests just now: {message}.")
+    return Aborted(f"The engine gave the request up: {message}.")
+
+
+def _max_input_tokens(tokenizer_manager: Any) -> int:
+    """The longest prompt that passes the checks of SGLang's scheduler and of its tokenizer manager."""
+    room = tokenizer_manager.model_config.context_len - tokenizer_manager.num_reserved_tokens
+    return min(tokenizer_manager.max_req_input_len, room) - 1  # type: ignore[no-any-return]

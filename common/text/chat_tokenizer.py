@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 import tokenizers
 
-from common.errors import ContextLengthExceeded, InvalidRequest
+from common.context_limits import ContextLimits
+from common.errors import InvalidRequest
 from common.openai.messages import Message
 from common.text.detokenizer import special_token_ids
 from common.text.special_tokens import MARK, LiteralSpecialTokens
@@ -40,8 +41,8 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class ChatTokenizer:
     """One model's tokenizer and chat template.
 
-    context_length: tokens that prompt and answer share; may be set anew at any time. sampling_defaults: what the
-    model's generation_config.json recommends, under OpenAI's names. model: what an engine would say of the model.
+    sampling_defaults: what the model's generation_config.json recommends, under OpenAI's names. model: what an engine
+    would say of the model.
     parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text.
     """
 
@@ -60,7 +61,6 @@ class ChatTokenizer:
         self.token_bytes = token_bytes(self.backend)
         self.hidden_ids = special_token_ids(self.backend)
         self.model = model
-        self.context_length = model.context_length
         self.sampling_defaults = sampling_defaults or {}
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
@@ -94,32 +94,27 @@ class ChatTokenizer:
             parse_special_tokens=parse_special_tokens,
         )
 
-    async def encode_chat(self, messages: list[Message]) -> list[int]:
+    async def encode_chat(self, messages: list[Message], limits: ContextLimits) -> list[int]:
         """The prompt's token ids, ending where the assistant's answer begins.
 
         Raises:
             InvalidRequest: the template does not take these messages. ContextLengthExceeded: too many tokens.
         """
         if _is_short(messages):
-            token_ids = self._encode(messages)
+            token_ids = self._encode(messages, limits)
         else:
-            token_ids = await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, messages)
-        if len(token_ids) >= self.context_length:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.context_length} tokens, but your messages have "
-                f"{len(token_ids)} tokens and leave no room for an answer.",
-                param="messages",
-            )
+            loop = asyncio.get_running_loop()
+            token_ids = await loop.run_in_executor(self._thread, self._encode, messages, limits)
+        limits.check_prompt(len(token_ids))
         return token_ids
 
-    def _encode(self, messages: list[Message]) -> list[int]:
+    def _encode(self, messages: list[Message], limits: ContextLimits) -> list[int]:
         conversation = [_for_template(message) for message in messages]
         prompt = self._render(conversation)
-        if len(prompt) > self.context_length * self._longest_token:  # not worth a tokenizer's time
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.context_length} tokens. Your messages make a prompt of "
-                f"{len(prompt)} characters, which is more than {len(prompt) // self._longest_token} tokens.",
-                param="messages",
+        if len(prompt) > limits.max_input_tokens * self._longest_token:  # not worth a tokenizer's time
+            raise limits.exceeded(
+                f"Your messages make a prompt of {len(prompt)} characters, at least "
+                f"{len(prompt) // self._longest_token} tokens."
             )
         if self._literals and (marked := self._literals.marked(conversation)) != conversation:
             return self._literals.encode(self._render_marked(marked, prompt))
@@ -156,22 +151,6 @@ class ChatTokenizer:
         with contextlib.suppress(InvalidRequest):
             return self._render([{"role": "user", "content": "x"}])
         return ""
-
-    def answer_budget(self, num_prompt_tokens: int, num_tokens_asked: int | None) -> int:
-        """How many tokens the answer may have: what was asked for, or all the room that the prompt leaves.
-
-        Raises:
-            ContextLengthExceeded: prompt and answer together do not fit.
-        """
-        room = self.context_length - num_prompt_tokens
-        if num_tokens_asked is not None and num_tokens_asked > room:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {self.context_length} tokens. You asked for "
-                f"{num_prompt_tokens + num_tokens_asked} tokens: {num_prompt_tokens} in the messages and "
-                f"{num_tokens_asked} in the answer.",
-                param="max_tokens",
-            )
-        return num_tokens_asked if num_tokens_asked is not None else room
 
 
 def _is_short(messages: list[Message]) -> bool:
