@@ -15,7 +15,7 @@ from typing import Any
 
 import uvloop
 
-from tests.processes import Infra
+from tests.processes import Infra, Pipeline
 
 Items = AsyncGenerator[dict[str, Any], None]
 
@@ -102,6 +102,10 @@ async def etcd_away(infra: Infra) -> dict[str, Any]:
     return found | {"CAN_REOPEN": releases.CAN_REOPEN}
 
 
+class ABug(Exception):
+    """One whose name does not tell that it is an exception."""
+
+
 async def calls(infra: Infra) -> dict[str, Any]:
     """How do calls fail, and what becomes of a stop that comes before the first item?"""
     from common.dynamo import releases
@@ -110,6 +114,10 @@ async def calls(infra: Infra) -> dict[str, Any]:
     async def handler(request: dict[str, Any], context: Any) -> Items:
         if request["ask"] == "raise":
             raise ValueError("a bug")
+        if request["ask"] == "raise another":
+            raise ABug
+        if request["ask"] == "what cannot be sent":
+            yield {"object": object()}
         for number in range(20):
             if context.is_stopped():
                 return
@@ -123,17 +131,19 @@ async def calls(infra: Infra) -> dict[str, Any]:
     await until(client.instance_ids)
     (instance_id,) = client.instance_ids()
 
-    async def failure(request: dict[str, Any], instance_id: int) -> dict[str, bool]:
+    async def meaning(request: dict[str, Any], instance_id: int) -> list[str]:
         try:
             async for _ in await client.direct(request, instance_id, context=releases.Context()):
                 pass
         except Exception as error:
-            return {
-                "by the worker": releases.is_raised_by_worker(error),
+            rules = {
+                "raised": releases.is_raised_by_worker(error),
                 "too large": await too_large_for_nats(request, error) is not None,
+                "unanswered": releases.is_unanswered(error),
                 "ruled out": releases.is_ruled_out(client, instance_id, error),
             }
-        return {}
+            return [rule for rule, holds in rules.items() if holds]
+        return ["no error"]
 
     async def num_items_after_an_early_stop(*, repeat: bool) -> int:
         context = releases.Context()
@@ -146,15 +156,43 @@ async def calls(infra: Infra) -> dict[str, Any]:
     found = {
         "an early stop arrives": await num_items_after_an_early_stop(repeat=False) < 20,
         "an early stop arrives, repeated": await num_items_after_an_early_stop(repeat=True) < 20,
-        "raised": await failure({"ask": "raise"}, instance_id),
-        "nobody": await failure({"ask": "count"}, 1234),
+        "raise": await meaning({"ask": "raise"}, instance_id),
+        "raise another": await meaning({"ask": "raise another"}, instance_id),
+        "what cannot be sent": await meaning({"ask": "what cannot be sent"}, instance_id),
+        "nobody": await meaning({"ask": "count"}, 1234),
     }
     started = time.monotonic()
-    found["too large"] = await failure({"ask": "x" * 2_000_000}, instance_id)
+    found["too large"] = await meaning({"ask": "x" * 2_000_000}, instance_id)
     found["too large is known at once"] = time.monotonic() - started < 2
     runtime.shutdown()
     await served
     return found
+
+
+async def killed(infra: Infra) -> dict[str, Any]:
+    """Which rules know the error of a stream whose worker is killed midway, and of a call while etcd still lists it?"""
+    from common.dynamo import releases
+
+    scripts = Pipeline(infra, infra.folder)
+    engine = scripts.fake_engine("--token-interval-ms", "20")
+    runtime = releases.open_runtime(asyncio.get_running_loop())
+    client = await (await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)).client()
+    await until(client.instance_ids)
+    (instance_id,) = client.instance_ids()
+
+    async def meaning(num_items: int = 0) -> list[str]:
+        rules = (releases.is_raised_by_worker, releases.is_too_large, releases.is_unanswered, releases.is_broken)
+        try:
+            stream = await client.direct({"token_ids": [1]}, instance_id, context=releases.Context())
+            async for _ in stream:
+                num_items -= 1
+                if not num_items:
+                    engine.kill()
+        except Exception as error:
+            return [rule.__name__ for rule in rules if rule(error)]
+        return ["no error"]
+
+    return {"midway": await meaning(3), "afterwards": await meaning()}
 
 
 async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:
@@ -170,4 +208,4 @@ async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main({q.__name__: q for q in (vocabulary, registration, etcd_away, calls)}[sys.argv[1]]))
+    uvloop.run(main({q.__name__: q for q in (vocabulary, registration, etcd_away, calls, killed)}[sys.argv[1]]))

@@ -62,15 +62,20 @@ def test_an_empty_etcd_ends_a_runtime() -> None:
 
 
 def test_failed_and_stopped_calls() -> None:
-    nothing = {"by the worker": False, "too large": False, "ruled out": False}
     assert ask("calls")[0] == {
         "an early stop arrives": not IS_0_5,
         "an early stop arrives, repeated": True,
-        "raised": nothing | {"by the worker": True},
-        "nobody": nothing,
-        "too large": nothing | {"too large": True},
+        "raise": ["raised"],
+        "raise another": ["raised"],
+        "what cannot be sent": [] if IS_0_5 else ["raised"],
+        "nobody": ["unanswered"],
+        "too large": ["too large"] if IS_1 else ["too large", "unanswered"],
         "too large is known at once": IS_1,
     }
+
+
+def test_a_stream_whose_worker_is_killed_is_broken_and_not_unanswered() -> None:
+    assert ask("killed")[0] == {"midway": ["is_broken"], "afterwards": ["is_unanswered"]}
 
 
 def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(own_scripts: Pipeline) -> None:

@@ -9,13 +9,15 @@ from typing import Any, cast
 
 import pytest
 
-from common.dynamo.failover import MAX_BROKEN_CALLS, FailoverClient
+from common.dynamo.failover import DEFAULT_LIMITS, MAX_BROKEN_CALLS, CallLimits, FailoverClient
 from common.dynamo.runtime import Client, Context
 from common.errors import Aborted, BadUpstream, Busy, InvalidRequest, Unavailable
 from common.observability.metrics import Metrics
 from common.sampling import ENGINE_ANSWERS
 from common.wire import PROCESSOR_ANSWERS, AnswerProtocol, C, EngineChunk, ProcessorChunk
 from tests.contexts import request_context
+
+WAIT_S = 0.05
 
 
 class AllOf:
@@ -30,9 +32,9 @@ class AllOf:
         return list(await self._client.instance_ids())
 
 
-def failover_client(client: Any, protocol: AnswerProtocol[C]) -> FailoverClient[C]:
+def failover_client(client: Any, protocol: AnswerProtocol[C], limits: CallLimits = DEFAULT_LIMITS) -> FailoverClient[C]:
     client.num_instances = lambda: 0
-    return FailoverClient(cast("Client", client), AllOf(client), protocol, Metrics("processor"))
+    return FailoverClient(cast("Client", client), AllOf(client), protocol, Metrics("processor"), limits)
 
 
 class Chunk:
@@ -102,6 +104,30 @@ class Breaking(GoneButListed):
     words = "Disconnected: Stream ended before generation completed"
 
 
+class KilledMidway:
+    """Instance 1 speaks for longer than a call waits for a first word, and then it is killed."""
+
+    generation = 1
+
+    def __init__(self, words: str) -> None:
+        self._error = ValueError(words)
+
+    async def instance_ids(self) -> list[int]:
+        return [1, 2]
+
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+        return self._broken() if instance_id == 2 else self._whole()
+
+    async def _broken(self) -> AsyncGenerator[Chunk, None]:
+        yield Chunk({"content": "from 2"})
+        await asyncio.sleep(2 * WAIT_S)
+        raise self._error
+
+    async def _whole(self) -> AsyncGenerator[Chunk, None]:
+        yield Chunk({"content": "from 1"})
+        yield Chunk({"finish_reason": "stop"})
+
+
 @pytest.fixture
 def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.dynamo.instances.QUARANTINE_S", 0.01)
@@ -122,6 +148,34 @@ def test_calls_that_nobody_took_do_not_use_up_the_attempts(short_rest: None) -> 
 def test_a_request_that_breaks_every_instance_is_given_up(short_rest: None) -> None:
     with pytest.raises(BadUpstream, match=r"8 calls of .* broke"):
         answer_of(Breaking())
+
+
+@pytest.mark.parametrize(
+    ("words", "is_known"),
+    [
+        ("Stream ended before generation completed", True),  # 0.5
+        ("Disconnected: Stream ended before generation completed", True),  # 1.4
+        ("Unavailable: Stream ended before generation completed", True),  # 1.6
+        ("Unavailable: words that no rule knows of a broken stream", True),
+        ("Severed: instance 77 said goodbye", False),
+    ],
+)
+def test_an_answer_longer_than_the_wait_goes_on_elsewhere(
+    words: str, is_known: bool, short_rest: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What counts is that the call was delivered. Wording that is not known is logged, once, with its text."""
+
+    async def run() -> str:
+        client = failover_client(KilledMidway(words), PROCESSOR_ANSWERS, CallLimits(wait_s=WAIT_S))
+        restarts: list[bool] = []
+        stream = await client.generate({}, context=request_context(), on_restart=lambda: restarts.append(True))
+        contents = [chunk.data().content async for chunk in stream]
+        assert restarts == [True]
+        return "".join(content or "" for content in contents)
+
+    assert [asyncio.run(run()) for _ in range(2)] == ["from 2from 1"] * 2
+    assert caplog.text.count("is not known") == (not is_known)
+    assert is_known or words.replace("77", "#") in caplog.text
 
 
 def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:

@@ -226,7 +226,8 @@ class FailoverClient(Generic[C]):
             if too_large := await too_large_for_nats(request, error):
                 raise too_large from error
             self._instances.give_up_on(instance_id)
-            kind = NotDelivered if releases.is_unanswered(error) else InstanceFailed
+            releases.log_unknown(error)
+            kind = NotDelivered if not call.is_delivered and releases.is_unanswered(error) else InstanceFailed
             raise kind(str(error)) from error
 
 

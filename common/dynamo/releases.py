@@ -23,8 +23,10 @@ Each function below is one row or two. Releases are told apart by what they offe
 
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -38,16 +40,24 @@ from dynamo.runtime import Context as Context  # noqa: E402
 from dynamo.runtime import DistributedRuntime  # noqa: E402
 from dynamo.runtime.logging import configure_dynamo_logging as _configure_dynamo_logging  # noqa: E402
 
+logger = logging.getLogger(__name__)
+
 _HAS_COMPONENTS = hasattr(DistributedRuntime, "namespace")
 _TAKES_A_STORE = "store_kv" in (DistributedRuntime.__text_signature__ or "")
 CAN_REOPEN = _TAKES_A_STORE or not _HAS_COMPONENTS
 """Whether a process can open another runtime after its first one has ended."""
 
-# The runtime's errors arrive as text: 1.x begins with a kind of error, 0.x says it in words.
-_WORKER_RAISED = ("BackendInvalidArgument", "BackendUnknown", "a python exception was caught while processing")
+# The runtime's errors arrive as text: 1.x begins with a kind of error, which 1.6 names anew; 0.x says it in words.
+# Of what a handler raised 1.6 gives the class; an item that it cannot send is a "critical error".
+_WORKER_RAISED = re.compile(
+    r"(Backend(InvalidArgument|Unknown)|(InvalidRequest|Internal): [A-Za-z_][\w.]*): "
+    r"|(Internal|Unknown): critical error: "
+    r"|a python exception was caught while processing"
+)
 _RULED_OUT = "not found for endpoint"
 _TOO_LARGE = "payload is too large"
-_NO_ANSWER = ("CannotConnect", "no responders", "Unavailable", "deadline has elapsed")
+_UNANSWERED = ("CannotConnect", "Unavailable", "no responders", "deadline has elapsed", "Unlinked request", _RULED_OUT)
+_BROKEN = ("Stream ended before generation completed", "engine shutting down", "Cancelled")
 
 
 def configure_dynamo_logging() -> None:
@@ -114,7 +124,7 @@ def is_ruled_out(client: Any, instance_id: int, error: Exception) -> bool:
 
 def is_raised_by_worker(error: Exception) -> bool:
     """Whether the handler raised: it would raise again on another instance."""
-    return str(error).startswith(_WORKER_RAISED)
+    return _WORKER_RAISED.match(str(error)) is not None
 
 
 def is_too_large(error: Exception) -> bool:
@@ -124,7 +134,24 @@ def is_too_large(error: Exception) -> bool:
 
 def is_unanswered(error: Exception) -> bool:
     """Whether nothing came back: nobody is there, or NATS did not carry a request that Dynamo let pass."""
-    return any(words in str(error) for words in _NO_ANSWER)
+    return not is_broken(error) and any(words in str(error) for words in _UNANSWERED)
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether a stream ended too early: its worker was killed, or is going away. 1.6 calls that "Unavailable", too."""
+    return any(words in str(error) for words in _BROKEN)
+
+
+def log_unknown(error: Exception) -> None:
+    """Say, once for each wording, that no rule here knows this error: it may mean what one of them should have seen."""
+    rules = (is_raised_by_worker, is_too_large, is_unanswered, is_broken)
+    if not any(rule(error) for rule in rules):
+        _log_unknown_wording(re.sub(r"\d\w*", "#", f"{type(error).__name__}: {error}"))
+
+
+@lru_cache(maxsize=100)
+def _log_unknown_wording(wording: str) -> None:
+    logger.warning("taken for a broken stream, an error of Dynamo's that is not known here: %s", wording)
 
 
 def size_on_nats(request: dict[str, Any]) -> int:
