@@ -119,7 +119,11 @@ class Load:
         return max([0.0, *(ended - since for ended in disturbed)])
 
     def __enter__(self) -> "Load":
-        self.wait_for(8)
+        try:
+            self.wait_for(8)
+        except TimeoutError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -23,4 +23,5 @@ def test_any_other_ends_the_script_with_one_line(text: str) -> None:
         text=True, timeout=60, check=False,
     )  # fmt: skip
     assert script.returncode == 1
-    assert script.stderr == f"error: DYN_SYSTEM_PORT={text}: expected a port up to 32767.\n"
+    # Dynamo 1.6 itself warns of it, too, when it is imported.
+    assert script.stderr.splitlines()[-1] == f"error: DYN_SYSTEM_PORT={text}: expected a port up to 32767."
