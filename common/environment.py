@@ -12,7 +12,8 @@ ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 
 # At "info" the runtime writes two or three lines a request. One line of ours says more, so those stay quiet.
 _CHATTY = ("pipeline::network::egress", "pipeline::network::ingress", "component::client")
-_INFO = ",".join(["info", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
+# And at its end it says that it ends, as the last line of a script that has ended with an error.
+_INFO = ",".join(["info", "_core=warn", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
 
 _MAX_SYSTEM_PORT = 32767
 CPUS_VARIABLE = "DYN_CHAT_CPUS"
