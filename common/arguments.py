@@ -31,6 +31,7 @@ class FrontendArgs:
     is_port_shared: bool = False
     api_keys: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_body_bytes: int = 900_000
     max_concurrency: int = 512
     request_timeout_s: float = 600.0
@@ -86,6 +87,13 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         metavar="ORIGIN",
         help="allow browsers on pages of this origin, such as https://example.com; may be repeated (default: none)",
     )
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="answer requests to these host names, and to those of loopback, only (default: any; on loopback: none)",
+    )
     parser.add_argument("--no-page", action="store_true", help="serve no page at /, and tell nobody of requests' paths")
     number("--max-body-bytes", int, default.max_body_bytes, "largest request body; NATS' max_payload is 1 MB by itself")
     number("--max-concurrency", int, default.max_concurrency, "requests in work at once; more get 429")
@@ -102,6 +110,7 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         is_port_shared=args.share_port,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
         cors_origins=tuple(args.cors_origin),
+        allowed_hosts=tuple(args.allowed_hosts),
         max_body_bytes=args.max_body_bytes,
         max_concurrency=args.max_concurrency,
         request_timeout_s=args.request_timeout,

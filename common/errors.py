@@ -10,7 +10,9 @@
     |- RequestTimeout 408
     |- RequestTooLarge 413
     |- UnsupportedMediaType 415
+    |- MisdirectedRequest 421
     |- Overloaded 429
+    |- HeadersTooLarge 431
     |- InternalError 500
     |- BadUpstream 502
     |- Unavailable 503
@@ -100,10 +102,18 @@ class UnsupportedMediaType(PipelineError):
     status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
 
+class MisdirectedRequest(PipelineError):
+    status, type, code = 421, "invalid_request_error", "misdirected_request"
+
+
 class Overloaded(PipelineError):
     """As many requests are in flight as the frontend takes."""
 
     status, type, code, retry_after_s = 429, "rate_limit_error", "overloaded", 1
+
+
+class HeadersTooLarge(PipelineError):
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
 
 
 class InternalError(PipelineError):

@@ -18,6 +18,8 @@ from launch.command import LaunchError, say
 from launch.logs import shown
 from launch.settings import Settings
 
+POLL_S = 0.1
+
 
 def find(folder: Path) -> dict[str, psutil.Process | None]:
     """The programs of a launch that is up, by name; None for one that does not run just now."""
@@ -28,18 +30,18 @@ def _child(folder: Path, pid_file: Path) -> psutil.Process | None:
     try:
         process = psutil.Process(int(pid_file.read_text()))
         is_its_own = process.ppid() == int((folder / "lock").read_text())  # a pid may be in use again
+        return process if is_its_own and process.status() != psutil.STATUS_ZOMBIE else None
     except (psutil.Error, OSError, ValueError):
         return None
-    return process if is_its_own else None
 
 
 def show_status(folder: Path) -> None:
-    programs = find(folder)
-    if not any(programs.values()):
-        say("nothing runs here: `make run` starts it")
-    for name, process in programs.items():
-        uptime = timedelta(seconds=int(time.time() - process.create_time())) if process else None
-        say(f"{name:<12}RUNNING   pid {process.pid}, uptime {uptime}" if process else f"{name:<12}DOWN")
+    for name, process in find(folder).items():
+        if process is None:
+            say(f"{name:<12}DOWN")
+        else:
+            uptime = timedelta(seconds=int(time.time() - process.create_time()))
+            say(f"{name:<12}RUNNING   pid {process.pid}, uptime {uptime}")
 
 
 def restart(folder: Path, name: str) -> None:
@@ -48,27 +50,32 @@ def restart(folder: Path, name: str) -> None:
     Raises:
         LaunchError: there is no such program, or it does not stay up.
     """
-    from launch.supervisor import (  # imports Dynamo, which `make status` need not wait for
+    from launch.supervisor import (
         MAX_PAUSE_S,
         MIN_LIFE_S,
         STOP_S,
-    )
+    )  # imports Dynamo, which `make status` need not wait for
 
     programs = find(folder)
     if not any(programs.values()) or name not in programs:
         raise LaunchError(f"no {name} runs here; {', '.join(programs) or 'nothing'} does")
-    if old := programs[name]:
-        old.terminate()
-        if not _ends_within(old, STOP_S):
-            os.killpg(old.pid, signal.SIGKILL)
-            old.wait()
+    old = programs[name]
+    if old is not None:
+        _stop(old, STOP_S)
         say(f"{name}: stopped")
     deadline = time.monotonic() + MAX_PAUSE_S + MIN_LIFE_S
     while (new := find(folder).get(name)) in (None, old) and time.monotonic() < deadline:
-        time.sleep(0.1)
+        time.sleep(POLL_S)
     if new is None or new == old or _ends_within(new, MIN_LIFE_S):
         raise LaunchError(f"{name} does not stay up: see {shown(folder)}/logs/{name}.log")
     say(f"{name}: started")
+
+
+def _stop(process: psutil.Process, timeout_s: float) -> None:
+    process.terminate()
+    if not _ends_within(process, timeout_s):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _ends_within(process: psutil.Process, timeout_s: float) -> bool:
@@ -79,9 +86,19 @@ def _ends_within(process: psutil.Process, timeout_s: float) -> bool:
     return True
 
 
+def main() -> None:
+    """`python -m launch.control [NAME]`, behind `make status` and `make restart-NAME`."""
+    folder = Settings.from_environ(os.environ).data_folder / "run"
+    if len(sys.argv) > 1:
+        restart(folder, sys.argv[1])
+    elif find(folder):
+        show_status(folder)
+    else:
+        say("nothing runs here: `make run` starts it")
+
+
 if __name__ == "__main__":
     try:
-        folder = Settings.from_environ(os.environ).data_folder / "run"
-        restart(folder, sys.argv[1]) if len(sys.argv) > 1 else show_status(folder)
+        main()
     except (LaunchError, psutil.Error) as error:
         sys.exit(f"launch: {error}")

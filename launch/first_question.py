@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import time
-from contextlib import closing
-from http.client import HTTPConnection, HTTPException
-from pathlib import Path
+import urllib.error
+import urllib.request
 from typing import Any
 
 from launch.command import LaunchError, say
 from launch.settings import BIN, LOOPBACK, Settings
 
-TIMEOUT_S = 300
+ANSWER_TIMEOUT_S = 300
 
 # Dynamo's variables for a secured etcd, and etcdctl's for the same.
 ETCDCTL_VARIABLES = {
@@ -65,11 +65,16 @@ def ask(settings: Settings) -> dict[str, Any]:
     Raises:
         LaunchError: it is not a chat completion that says something.
     """
-    command = shlex.split(curl_command(settings).replace("\\\n", ""))
+    command = curl_command(settings)
     if shutil.which("curl"):
-        body = _output(command, no_proxy="*", NO_PROXY="*")
+        no_proxy = {"NO_PROXY": f"localhost,{LOOPBACK}", "no_proxy": f"localhost,{LOOPBACK}"}
+        body = _output(["sh", "-c", command], **no_proxy)
     else:
-        body = fetch(settings.http_port, "/v1/chat/completions", command[-1], timeout_s=TIMEOUT_S)[1]
+        _, _, _, url, *_, question = shlex.split(command)
+        try:
+            _, body = fetch(url, question, timeout_s=ANSWER_TIMEOUT_S)
+        except OSError as error:
+            raise LaunchError(f"the request failed: {error}") from error
     try:
         answer: dict[str, Any] = json.loads(body)
         is_answer = bool(answer["choices"][0]["message"]["content"])
@@ -80,20 +85,45 @@ def ask(settings: Settings) -> dict[str, Any]:
     return answer
 
 
-def fetch(port: int, path: str, json_body: str | None = None, *, timeout_s: float) -> tuple[int, str]:
+def fetch(url: str, json_body: str | None = None, *, timeout_s: float) -> tuple[int, str]:
     """GET, or POST some JSON: the status and the body, of an error too.
 
     Raises:
-        LaunchError: there is no answer.
+        OSError: there is no answer.
     """
-    method, headers = ("POST", {"Content-Type": "application/json"}) if json_body else ("GET", {})
-    with closing(HTTPConnection(LOOPBACK, port, timeout=timeout_s)) as connection:
-        try:
-            connection.request(method, path, json_body, headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode()
-        except (OSError, HTTPException) as error:
-            raise LaunchError(f"{method} {path} failed: {error}") from error
+    data = json_body.encode() if json_body else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    # A proxy that the environment names has nothing to do with this machine's own servers.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout_s) as response:
+            return response.status, str(response.read(), "utf-8")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, str(error.read(), "utf-8")
+    except http.client.HTTPException as error:
+        raise OSError(f"no HTTP: {error!r}") from error
+
+
+def _output(command: list[str], **environ: str) -> str:
+    """What a command prints. Raises LaunchError with its last complaint where it fails."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, env=os.environ | environ
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{command[0]} failed: {error}") from error
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise LaunchError(f"the request failed: {said[-1]}")
+    return done.stdout
+
+
+def etcdctl_command(settings: Settings) -> str:
+    """As a reader types it, from the checkout."""
+    is_default = settings.etcd_endpoints in ("http://127.0.0.1:2379", "http://localhost:2379")
+    where = "" if is_default else f" --endpoints {shlex.quote(settings.etcd_endpoints)}"
+    return f".venv/bin/etcdctl{where} get --prefix v1/instances"
 
 
 def instances(settings: Settings) -> str:
@@ -108,22 +138,3 @@ def instances(settings: Settings) -> str:
         if f"v1/instances/{instance}/" not in found:
             raise LaunchError(f"etcd knows no instance of {instance}: {found.strip() or 'it is empty'}")
     return found
-
-
-def etcdctl_command(settings: Settings) -> str:
-    """As a reader types it, from the checkout."""
-    is_default = settings.etcd_endpoints in ("http://127.0.0.1:2379", "http://localhost:2379")
-    where = "" if is_default else f" --endpoints {shlex.quote(settings.etcd_endpoints)}"
-    return f".venv/bin/etcdctl{where} get --prefix v1/instances"
-
-
-def _output(command: list[str], **environ: str) -> str:
-    """What a command prints. Raises LaunchError with its complaint where it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=os.environ | environ)
-    except subprocess.TimeoutExpired as error:
-        raise LaunchError(str(error)) from error
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise LaunchError(f"{Path(command[0]).name} failed: {said[-1]}")
-    return done.stdout

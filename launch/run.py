@@ -46,17 +46,17 @@ async def run(settings: Settings) -> None:
 
 def component_programs(settings: Settings) -> list[Program]:
     """The chapter's three commands. The frontend stops first, so that what it waits for is still there."""
+    python = sys.executable
+    commands = {
+        "engine": [python, "engine.py", "--model-path", settings.model, *settings.engine_args],
+        "processor": [python, "processor.py", "--model", settings.model],
+        "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port)],
+    }
     servers = {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
     environ = os.environ | servers | {"PYTHONUNBUFFERED": "1"}
-
-    def component(name: str, *args: str, **ports: int) -> Program:
-        return Program(name=name, command=[sys.executable, f"{name}.py", *args], environ=environ, ports=ports)
-
-    http_port = settings.http_port
+    ports = {"frontend": {"HTTP_PORT": settings.http_port}}
     return [
-        component("engine", "--model-path", settings.model, *settings.engine_args),
-        component("processor", "--model", settings.model),
-        component("frontend", "--host", LOOPBACK, "--port", str(http_port), HTTP_PORT=http_port),
+        Program(name=name, command=commands[name], environ=environ, ports=ports.get(name, {})) for name in COMPONENTS
     ]
 
 
@@ -85,22 +85,21 @@ async def wait_until_ready(supervisor: Supervisor, settings: Settings) -> None:
 def what_is_missing(settings: Settings) -> str | None:
     """Ask the frontend's /ready. None where nothing is missing, else a sentence."""
     try:
-        status, body = fetch(settings.http_port, "/ready", timeout_s=5)
-        return None if status == 200 else str(json.loads(body)["error"]["message"])
-    except LaunchError:
+        status, body = fetch(f"http://{LOOPBACK}:{settings.http_port}/ready", timeout_s=5)
+    except OSError:
         return "Waiting for frontend."
+    try:
+        return None if status == 200 else str(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return f"/ready says {body!r}."
+        return f"/ready says {status}."
 
 
 def show_what_next(settings: Settings) -> None:
     """How to talk to it, look into it, and stop it."""
-    say(
-        f"run: the pipeline stays up at {settings.frontend_url}; its own docs are at {settings.frontend_url}/docs\n"
-        "run: ask again with the curl above, from another terminal\n"
-        "run: change engine.py and `make restart-engine`: the others go on; also -processor, -frontend\n"
-        "run: Ctrl-C stops everything. What happens meanwhile:"
-    )
+    say(f"run: the pipeline stays up at {settings.frontend_url}; its own docs are at {settings.frontend_url}/docs")
+    say("run: ask again with the curl above, from another terminal")
+    say("run: change engine.py and `make restart-engine`: the others go on; also -processor, -frontend")
+    say("run: Ctrl-C stops everything. What happens meanwhile:")
 
 
 async def main() -> None:

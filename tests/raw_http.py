@@ -6,7 +6,7 @@ import socket
 from tests.processes import MODEL, Pipeline
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 20}
-CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+CHAT_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 def connect(pipeline: Pipeline, *, receive_buffer: int | None = None) -> socket.socket:

@@ -20,6 +20,7 @@ from common.http.app import create_app
 from common.observability.metrics import Metrics
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Pipeline, Process, wait_until
+from tests.raw_http import CHAT_HEAD
 from tests.streams import ask_stream, read_stream
 from tests.test_chat_errors import error_of
 
@@ -209,12 +210,11 @@ class TestLimits:
                 assert client.post(CHAT_PATH, json=CHAT).status_code == 200
 
     def test_a_body_that_does_not_arrive_is_a_408(self, fake_pipeline: Pipeline, tmp_path: Path) -> None:
-        head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
         with (
             frontend_beside(fake_pipeline, tmp_path, "--body-timeout", "1") as beside,
             socket.create_connection(("127.0.0.1", beside.http_port), timeout=20) as client,
         ):
-            client.sendall(head.encode() + b'{"model": ')
+            client.sendall(CHAT_HEAD + b'content-length: 100\r\n\r\n{"model": ')
             answer = ""
             while "}}" not in answer:
                 answer += client.recv(10_000).decode()
@@ -266,7 +266,7 @@ async def test_a_bug_is_a_500_that_tells_nothing_but_its_id(caplog: pytest.LogCa
     pipeline = HttpPipeline(ModelDirectory(broken), broken, broken)
     args = FrontendArgs(cors_origins=("https://example.com",))
     app = create_app(broken, pipeline, args, Metrics("frontend"))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://frontend") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         with caplog.at_level(logging.INFO):
             answer = await client.get("/v1/models", headers={"x-request-id": "mine", "origin": "https://example.com"})
     assert error_of(answer, 500)["code"] == "internal_error"

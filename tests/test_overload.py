@@ -113,6 +113,16 @@ def test_a_client_that_does_not_read_is_dropped_and_its_engine_stops(paced: Pipe
         assert not read_until_closed(deaf).endswith(b"[DONE]\n\n")
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=str)
+def test_a_client_that_goes_away_stops_its_engine(paced: Pipeline, fields: dict[str, object]) -> None:
+    engine = paced.processes[2]
+    num_started, num_over = started_and_stopped(engine)
+    with open_request(paced, max_tokens=8000, **fields):
+        wait_until(lambda: started_and_stopped(engine)[0] == num_started + 1, 20, "the engine to begin")
+    took_s = wait_until(lambda: started_and_stopped(engine)[1] == num_over + 1, 20, "the engine to stop")
+    assert took_s < 2  # 8000 tokens take 80 s
+
+
 def test_a_client_that_reads_slowly_gets_everything(paced: Pipeline) -> None:
     expected = httpx.post(f"{paced.url}/v1/chat/completions", json=CHAT | {"max_tokens": 300}, timeout=30).json()
     with open_request(paced, receive_buffer=4096, stream=True, max_tokens=300) as slow:
@@ -125,7 +135,7 @@ def test_a_client_that_reads_slowly_gets_everything(paced: Pipeline) -> None:
     assert b"data: [DONE]" in received
 
 
-@pytest.mark.parametrize("head", [b"", b"POST /v1", b"GET /health HTTP/1.1\r\nhost: x\r\nx-a: "])
+@pytest.mark.parametrize("head", [b"", b"POST /v1", b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-a: "])
 def test_headers_that_do_not_come_close_the_connection(paced: Pipeline, head: bytes) -> None:
     with connect(paced) as slow:
         started = time.monotonic()

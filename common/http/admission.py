@@ -1,17 +1,56 @@
-"""Who may come in: API keys, and the number of requests in work. Plain ASGI, so that streams are not buffered."""
+"""Who may come in: Host, API keys, and the number of requests in work. Plain ASGI, so that streams are not buffered."""
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from common.errors import InvalidApiKey, Overloaded, PipelineError
+from common.errors import InvalidApiKey, InvalidRequest, MisdirectedRequest, Overloaded, PipelineError
 from common.http.errors import error_response
 
 PROTECTED_PREFIXES = ("/v1/", "/pipeline")
 CHAT_PATH = "/v1/chat/completions"
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost" or name.endswith(".localhost")
+
+
+class HostNames:
+    """Answers 400 to a request without its one Host, and 421 to one for another host than this.
+
+    Only a frontend on loopback knows its names, and one that is told them. Without that, any page could read from it:
+    by a name of its own that it lets point to 127.0.0.1 (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp, address: str, allowed: Iterable[str]) -> None:
+        self._app = app
+        self._allowed = {name.lower() for name in allowed}
+        self._is_checked = bool(self._allowed) or _is_loopback(address)
+
+    def _check(self, scope: Scope) -> None:
+        hosts = Headers(scope=scope).getlist("host")
+        if len(hosts) > 1 or (not hosts and scope["http_version"] != "1.0"):
+            raise InvalidRequest("A request has one Host header.")
+        name = re.sub(r":\d*$", "", "".join(hosts)).strip("[]").lower()
+        if self._is_checked and hosts and name not in self._allowed and not _is_loopback(name):
+            raise MisdirectedRequest("This frontend has no such name. Start it with --allowed-hosts NAME if it has.")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except PipelineError as error:
+                app = error_response(scope, error)
+        await app(scope, receive, send)
 
 
 def _digest(key: str) -> bytes:

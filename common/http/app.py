@@ -13,7 +13,7 @@ from common.arguments import FrontendArgs
 from common.dynamo.directories import ModelDirectory
 from common.dynamo.runtime import Client
 from common.errors import ModelNotFound, Unavailable
-from common.http.admission import CHAT_PATH, ApiKeys, ConcurrencyLimit
+from common.http.admission import CHAT_PATH, ApiKeys, ConcurrencyLimit, HostNames
 from common.http.errors import install_error_handlers
 from common.http.live_page import install_live_page
 from common.http.request_id import HEADER, RequestId
@@ -95,4 +95,5 @@ def _add_middleware(app: FastAPI, args: FrontendArgs, metrics: Metrics) -> None:
             CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
             expose_headers=[HEADER],
         )  # fmt: skip
+    app.add_middleware(HostNames, address=args.host, allowed=args.allowed_hosts)
     app.add_middleware(RequestId, records=RequestRecords(metrics), is_path_shown=args.is_page_served)

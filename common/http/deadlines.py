@@ -3,13 +3,13 @@
 import asyncio
 import socket
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from common.http.protocol import GuardedProtocol
 
 # What a client that does not read makes us keep in the kernel, at most (it doubles the number).
 _SEND_BUFFER_BYTES = 128 * 1024
 
 
-class DeadlineProtocol(HttpToolsProtocol):
+class DeadlineProtocol(GuardedProtocol):
     """uvicorn's protocol with a deadline for each thing that a client may take its time over.
 
     header_timeout_s: from the connection, or a request's first byte, to its last header. body_timeout_s: from there

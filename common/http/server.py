@@ -44,6 +44,7 @@ async def serve_http(
             send_timeout_s=args.send_timeout_s,
         ),
         loop="none",
+        ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
