@@ -18,10 +18,9 @@ from common.dynamo.failover import CallLimits, FailoverClient
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
 from common.openai.request import ChatCompletionRequest
-from common.sampling import ENGINE_ANSWERS, check_logit_bias, engine_request
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.choice import Choice, merged
-from common.wire import EngineChunk, ProcessorChunk, ProcessorDescription, Usage
+from common.wire import ENGINE_ANSWERS, EngineChunk, ProcessorChunk, ProcessorDescription, Usage
 
 
 class RequestHandler:
@@ -43,13 +42,13 @@ class RequestHandler:
     ) -> AsyncGenerator[ProcessorChunk, None]:
         """Yields text as it becomes final; the last chunk has the finish_reason and the usage."""
         self.description.check(request.model)
-        check_logit_bias(request, self.tokenizer.vocab_size)
+        self.tokenizer.check(request)
         limits = await self.engines.limits()
         token_ids = await self.tokenizer.encode_chat(request.messages, limits)
         context.record.num_prompt_tokens = len(token_ids)
         max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)
         choices = [Choice(self.tokenizer, request, index, max_tokens) for index in range(request.n)]
-        answers = [self._answer(request, token_ids, choice, context) for choice in choices]
+        answers = [self._answer(token_ids, choice, context) for choice in choices]
         num_unfinished = request.n
         async with aclosing(merged(answers)) as chunks:
             async for chunk in chunks:
@@ -60,11 +59,10 @@ class RequestHandler:
                 yield chunk
 
     async def _answer(
-        self, request: ChatCompletionRequest, token_ids: list[int], choice: Choice, context: RequestContext
+        self, token_ids: list[int], choice: Choice, context: RequestContext
     ) -> AsyncGenerator[ProcessorChunk, None]:
         """One of the `n` answers: an engine call of its own, and the text that comes of it."""
-        call = engine_request(request, token_ids, choice.index, choice.max_tokens, self.tokenizer.sampling_defaults)
-        response_stream = await self.engine_client.generate(call, context=context)
+        response_stream = await self.engine_client.generate(choice.engine_request(token_ids), context=context)
         async with aclosing(response_stream):
             async for chunk in response_stream:
                 data = chunk.data()

@@ -2,17 +2,8 @@
 
 from typing import Any
 
-from common.errors import InvalidRequest
 from common.openai.request import ChatCompletionRequest
-from common.wire import (
-    AnswerProtocol,
-    EngineChunk,
-    EngineRequest,
-    OutputOptions,
-    SamplingOptions,
-    StopConditions,
-    read_engine_chunk,
-)
+from common.wire import EngineRequest, OutputOptions, SamplingOptions, StopConditions
 
 # SGLang's fixed default of 128 new tokens would cut answers short, so `max_tokens` is always given.
 _SAMPLING_FIELDS = (
@@ -43,18 +34,6 @@ def engine_request(
     )
 
 
-def check_logit_bias(chat: ChatCompletionRequest, vocab_size: int) -> None:
-    """Raises:
-    InvalidRequest: a token id that the model does not have.
-    """
-    for token_id in chat.logit_bias or {}:
-        if int(token_id) >= vocab_size:
-            raise InvalidRequest(
-                f"Invalid value for logit_bias: the model has {vocab_size} tokens, and {token_id} is none of them.",
-                param="logit_bias",
-            )
-
-
 def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
     """`sampling_params` of `sglang.Engine.async_generate`, without what was left at SGLang's default."""
     options, stop = request.sampling_options, request.stop_conditions
@@ -68,21 +47,3 @@ def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
         "sampling_seed": options.seed,
     }
     return {name: value for name, value in params.items() if value is not None}
-
-
-def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> dict[str, Any] | EngineChunk:
-    """The engine request for what is left after an engine broke: its tokens become part of the prompt.
-
-    SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
-    have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
-    """
-    token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
-    stop = request.get("stop_conditions", {})
-    if (max_tokens := stop.get("max_tokens")) is not None:
-        stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
-        if stop["max_tokens"] < 1:
-            return EngineChunk(finish_reason="length")
-    return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}
-
-
-ENGINE_ANSWERS = AnswerProtocol(read_engine_chunk, resume=remaining_request)

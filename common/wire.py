@@ -260,4 +260,20 @@ class AnswerProtocol(Generic[C]):
     resume: Callable[[dict[str, Any], list[C]], dict[str, Any] | C] | None = None
 
 
+def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> dict[str, Any] | EngineChunk:
+    """The engine request for what is left after an engine broke: its tokens become part of the prompt.
+
+    SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
+    have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
+    """
+    token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
+    stop = request.get("stop_conditions", {})
+    if (max_tokens := stop.get("max_tokens")) is not None:
+        stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
+        if stop["max_tokens"] < 1:
+            return EngineChunk(finish_reason="length")
+    return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}
+
+
+ENGINE_ANSWERS = AnswerProtocol(read_engine_chunk, resume=remaining_request)
 PROCESSOR_ANSWERS = AnswerProtocol(read_processor_chunk)

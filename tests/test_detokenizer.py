@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.text.detokenizer import IncrementalDetokenizer, detokenize
-from common.text.token_bytes import TokenBytes
+from common.text.detokenizer import IncrementalDetokenizer, TokenBytes, detokenize
 from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,

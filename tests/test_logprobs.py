@@ -1,8 +1,7 @@
 import math
 
-from common.text.detokenizer import detokenize, special_token_ids
-from common.text.logprobs import logprob_entries
-from common.text.token_bytes import TokenBytes
+from common.text.choice import logprob_entries
+from common.text.detokenizer import TokenBytes, detokenize, special_token_ids
 from common.wire import EngineChunk
 from tests.tokenizers_for_tests import byte_level, encode, special_ids
 

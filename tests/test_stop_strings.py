@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.text.stop_strings import StopStringMatcher
+from common.text.generated_text import StopStringMatcher
 from tests.tokenizers_for_tests import few_examples
 
 texts = st.text(alphabet="ab👍é", max_size=12)

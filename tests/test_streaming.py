@@ -13,7 +13,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from common.text.token_bytes import TokenBytes
+from common.text.detokenizer import TokenBytes
 from tests.processes import MODEL, ROOT, Infra, Pipeline, running, wait_until
 from tests.streams import Stream, ask_stream, events_of, read_stream
 from tests.tokenizers_for_tests import MULTIBYTE_TEXTS, encode, with_each_text

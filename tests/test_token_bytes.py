@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from common.text.token_bytes import TokenBytes, decoder_types
+from common.text.detokenizer import TokenBytes, decoder_types
 from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,

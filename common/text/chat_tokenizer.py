@@ -18,9 +18,9 @@ import tokenizers
 from common.context_limits import ContextLimits
 from common.errors import InvalidRequest
 from common.openai.messages import Message
-from common.text.detokenizer import special_token_ids
+from common.openai.request import ChatCompletionRequest
+from common.text.detokenizer import special_token_ids, token_bytes
 from common.text.special_tokens import MARK, LiteralSpecialTokens
-from common.text.token_bytes import token_bytes
 from common.text.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription
 
@@ -93,6 +93,18 @@ class ChatTokenizer:
             sampling_defaults=_sampling_defaults(transformers, model),
             parse_special_tokens=parse_special_tokens,
         )
+
+    def check(self, request: ChatCompletionRequest) -> None:
+        """Raises:
+        InvalidRequest: a bias for a token that the model does not have.
+        """
+        for token_id in request.logit_bias or {}:
+            if int(token_id) >= self.vocab_size:
+                raise InvalidRequest(
+                    f"Invalid value for logit_bias: the model has {self.vocab_size} tokens, and {token_id} is none of "
+                    "them.",
+                    param="logit_bias",
+                )
 
     async def encode_chat(self, messages: list[Message], limits: ContextLimits) -> list[int]:
         """The prompt's token ids, ending where the assistant's answer begins.

@@ -1,20 +1,24 @@
 """The `n` choices of an answer: an engine's chunks in, the processor's chunks out."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import functools
+import math
+from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import aclosing
 from typing import TypeVar
 
 from common.errors import BadUpstream
 from common.openai.request import ChatCompletionRequest
+from common.sampling import engine_request
 from common.text.chat_tokenizer import ChatTokenizer
-from common.text.detokenizer import detokenize
+from common.text.detokenizer import TokenBytes, detokenize
 from common.text.generated_text import GeneratedText
-from common.text.logprobs import logprob_entries
-from common.wire import EngineChunk, LogprobEntry, ProcessorChunk
+from common.wire import EngineChunk, EngineRequest, LogprobEntry, ProcessorChunk, TokenLogprob
 
 T = TypeVar("T")
 _QUEUE_LENGTH = 16
+# JSON has no -Infinity; OpenAI sends this for a token that could not have been chosen.
+_LOWEST = -9999.0
 
 
 class Choice:
@@ -25,7 +29,7 @@ class Choice:
     """
 
     def __init__(self, tokenizer: ChatTokenizer, request: ChatCompletionRequest, index: int, max_tokens: int) -> None:
-        self._tokenizer, self._num_top_logprobs = tokenizer, request.num_top_logprobs
+        self._tokenizer, self._request = tokenizer, request
         self.index, self.max_tokens = index, max_tokens
         self.num_tokens = 0
         self.is_finished = False
@@ -33,6 +37,11 @@ class Choice:
         self._token_ids: list[int] = []
         self._logprobs: list[LogprobEntry] | None = None
         self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings)
+
+    def engine_request(self, token_ids: list[int]) -> EngineRequest:
+        """What an engine is asked for this choice. token_ids: of the prompt."""
+        defaults = self._tokenizer.sampling_defaults
+        return engine_request(self._request, token_ids, self.index, self.max_tokens, defaults)
 
     def push(self, data: EngineChunk) -> ProcessorChunk | None:
         """What the engine's chunk makes final, if that is anything; the last chunk has the finish_reason.
@@ -66,10 +75,10 @@ class Choice:
         return ProcessorChunk(self.index, content, finish_reason, logprobs)
 
     def _logprob_entries(self, data: EngineChunk, num_tokens: int) -> list[LogprobEntry] | None:
-        if self._num_top_logprobs is None:
+        if self._request.num_top_logprobs is None:
             return None
         token_bytes, hidden_ids = self._tokenizer.token_bytes, self._tokenizer.hidden_ids
-        return logprob_entries(data, num_tokens, self._num_top_logprobs, token_bytes, hidden_ids)
+        return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, hidden_ids)
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
@@ -106,3 +115,35 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _entry(token_bytes: TokenBytes, hidden_ids: Set[int], token_id: int, logprob: float) -> TokenLogprob:
+    raw = token_bytes.bytes_of(token_id)
+    return {
+        "token": raw.decode("utf-8", errors="replace"),
+        "logprob": max(logprob, _LOWEST) if math.isfinite(logprob) else _LOWEST,
+        "bytes": None if token_id in hidden_ids else list(raw),
+    }
+
+
+def logprob_entries(
+    chunk: EngineChunk, num_tokens: int, num_top_logprobs: int, token_bytes: TokenBytes, hidden_ids: Set[int]
+) -> list[LogprobEntry] | None:
+    """OpenAI's entries for the chunk's first `num_tokens` tokens; None where the engine sent no logprobs.
+
+    The bytes of all entries, joined, are the bytes of the text: a token that the text leaves out, such as the one that
+    ends the sequence, has null for its bytes.
+
+    hidden_ids: the tokens that the text leaves out.
+    """
+    if chunk.log_probs is None:
+        return None
+    best = chunk.top_logprobs or [[]] * len(chunk.token_ids)
+    entry = functools.partial(_entry, token_bytes, hidden_ids)
+    return [
+        {
+            **entry(token_id, logprob),
+            "top_logprobs": [entry(*alternative) for alternative in alternatives[:num_top_logprobs]],
+        }
+        for token_id, logprob, alternatives in zip(chunk.token_ids[:num_tokens], chunk.log_probs, best, strict=False)
+    ]
