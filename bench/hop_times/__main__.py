@@ -42,14 +42,14 @@ def _noting(holder: Any, name: str, *, before: str = "", after: str = "") -> Non
 
 def _watch(script: str) -> None:
     from common.dynamo import runtime
-    from common.http import exchange, request_id
+    from common.http import exchange, middleware
     from common.observability import request_records
     from common.openai import responses
     from common.sglang import engine
     from common.text import chat_tokenizer, choice, generated_text
 
     if script == "frontend":
-        _noting(request_id.RequestId, "__call__", before="frontend has the headers")
+        _noting(middleware.RequestId, "__call__", before="frontend has the headers")
         _noting(exchange, "parse_chat_request", after="frontend has checked the request")
         _noting(runtime.Client, "direct", before="frontend calls a processor")
         _noting(responses.AnswerStream, "check", before="frontend has text")

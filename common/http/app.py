@@ -13,15 +13,14 @@ from common.arguments import FrontendArgs
 from common.dynamo.directories import ModelDirectory
 from common.dynamo.runtime import Client
 from common.errors import ModelNotFound, Unavailable
-from common.http.admission import CHAT_PATH, ApiKeys, ConcurrencyLimit, HostNames
 from common.http.errors import install_error_handlers
-from common.http.live_page import install_live_page
-from common.http.request_id import HEADER, RequestId
+from common.http.middleware import CHAT_PATH, HEADER, ApiKeys, ConcurrencyLimit, HostNames, RequestId
 from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.openai.openapi import install_openapi
 from common.openai.responses import Model, models_of
+from common.page.live_page import install_live_page
 
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
 ChatRoute = Callable[[Request], Awaitable[Response]]

@@ -3,24 +3,34 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
+from typing import Any, TypeVar
 
+import orjson
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Send
 
 from common.arguments import FrontendArgs
 from common.dynamo.context import RequestContext
 from common.dynamo.runtime import Context
-from common.errors import InternalError, PipelineError
-from common.http.body import read_json
-from common.http.disconnect import unless_disconnected as unless_disconnected
+from common.errors import (
+    InternalError,
+    InvalidRequest,
+    PipelineError,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
 from common.observability.request_records import RequestRecord
 from common.openai.request import ChatCompletionRequest, parse_chat_request
 from common.openai.responses import sse
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 PING_INTERVAL_S = 15.0
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -30,14 +40,64 @@ async def read_chat_request(http_request: Request, args: FrontendArgs) -> ChatCo
     """Raises:
     PipelineError: what is wrong with the body.
     """
-    body = await read_json(http_request, max_bytes=args.max_body_bytes, timeout_s=args.body_timeout_s)
+    body = await _read_json(http_request, max_bytes=args.max_body_bytes, timeout_s=args.body_timeout_s)
     return parse_chat_request(body)
+
+
+async def _read_json(request: Request, *, max_bytes: int, timeout_s: float) -> Any:
+    """The parsed body.
+
+    Raises:
+        UnsupportedMediaType, RequestTooLarge, RequestTimeout, InvalidRequest: what is wrong with it.
+    """
+    media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaType("The body must be JSON: send the header Content-Type: application/json.")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > max_bytes:
+                    raise RequestTooLarge(f"The body is larger than the limit of {max_bytes} bytes.")
+    except TimeoutError:
+        raise RequestTimeout(f"The body did not arrive within {timeout_s:.0f} seconds.") from None
+    except ClientDisconnect:
+        raise RequestTimeout("The client went away while it sent the body.") from None
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
 
 
 def context_of(http_request: Request) -> RequestContext:
     """For the calls that are made to answer the request."""
     record: RequestRecord = http_request.state.record
     return RequestContext(Context(f"chat-{uuid.uuid4().hex}"), record)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. The request's body has been read.
+
+    Raises:
+        ClientDisconnect: there is nobody left to answer.
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait((working, watching))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class EventStream(EventSourceResponse):

@@ -12,7 +12,7 @@ from common.arguments import FrontendArgs
 from common.dynamo.runtime import DRAIN_TIMEOUT_S, DistributedRuntime
 from common.http.app import ChatRoute, create_app
 from common.http.app import Pipeline as Pipeline
-from common.http.deadlines import limit_unread, protocol_with
+from common.http.protocol import limit_unread, protocol_with
 
 _BACKLOG = 2048
 
