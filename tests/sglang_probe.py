@@ -64,7 +64,6 @@ def answer(folder: str) -> dict[str, Any]:
 
 def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from common.sglang.engine_args import parse_engine_args
-    from common.sglang.request_seeds import supports_seed
 
     for name, options in COMMAND_LINES.items():
         stderr = io.StringIO()
@@ -74,6 +73,8 @@ def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except SystemExit as exit_:
             yield name, {"exit_code": exit_.code, "stderr": stderr.getvalue()}
         else:
+            from common.sglang.request_seeds import supports_seed  # like SGLang itself, not before the plugins are on
+
             plain = {field: value for field, value in vars(server_args).items() if isinstance(value, str | int | float)}
             graphs = server_args.cuda_graph_config
             yield (
@@ -85,6 +86,7 @@ def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def platform() -> dict[str, Any]:
     from sglang.srt.platforms import current_platform
+    from sglang.srt.plugins.hook_registry import HookRegistry
 
     from common.sglang.cpu_platform import CpuTorchNativePlatform
 
@@ -94,10 +96,15 @@ def platform() -> dict[str, Any]:
         page_size_error = str(error)
     return {
         "current_platform": type(current_platform).__name__,
+        "hooks": sorted(target for target, hooks in HookRegistry._hooks.items() if is_ours(hooks)),
         "activated": activated(),
         "page_size_error": page_size_error,
         "attention_backend": CpuTorchNativePlatform().get_default_attention_backend(),
     }
+
+
+def is_ours(hooks: list[Any]) -> bool:
+    return any(hook.__module__.startswith("common.") for _, hook, _ in hooks)
 
 
 def gathering() -> dict[str, Any]:

@@ -14,9 +14,6 @@ def _stand_in(name: str, **contents: object) -> None:
 
 
 if __name__ == "__main__":
-    import sglang.srt.entrypoints  # the real package, of which two modules are replaced
-    import sglang.srt.managers  # noqa: F401
-
     _stand_in("sglang.srt.entrypoints.engine", Engine=Engine)
     _stand_in("sglang.srt.managers.tokenizer_manager", SignalHandler=SignalHandler)
     sys.argv = sys.argv[1:]

@@ -1,8 +1,8 @@
 """SGLang on a machine without a GPU, from the plain PyPI wheel.
 
 SGLang's own CPU engine (`SGLANG_USE_CPU_ENGINE=1`) needs kernels that are not on PyPI.
-This module is an out-of-tree platform instead: SGLang finds `activate` through the entry
-point group `sglang.srt.platforms`, in the engine process and in every process it spawns.
+This module is an out-of-tree platform instead, which common/sglang/plugins.py offers SGLang in
+the engine process and in every process it spawns.
 The model then runs on PyTorch's own operators.
 """
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from common.sglang.model_lookup import look_up_model
+from common.sglang.plugins import switch_on
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -54,12 +55,13 @@ CPU_ENVIRONMENT = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) //
 
 
 def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
-    """Turn a command line into SGLang's ServerArgs.
+    """Turn a command line into SGLang's ServerArgs, and switch our plugins on for this process and those it spawns.
 
     Raises:
         SystemExit: after one clear line, where the arguments or the model are unusable.
     """
     _check_model(argv)
+    switch_on()
 
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs

@@ -5,9 +5,9 @@ milliseconds on an H100, for one prompt as for thirty. Under load that is half o
 newcomers waits a moment for the others: the longer, the more streams they would interrupt and the longer the last
 interruption took, and never where nothing is running.
 
-SGLang finds `register` through the entry point group `sglang.srt.plugins`, in every process it spawns. What it has
-itself: `--scheduler-recv-interval` counts steps, so it also delays one newcomer beside one stream;
-`--enable-prefill-delayer` costs an exchange among ranks in each step (both measured, see docs/performance.md).
+common/sglang/plugins.py calls `register` in the engine's processes. What SGLang has itself:
+`--scheduler-recv-interval` counts steps, so it also delays one newcomer beside one stream; `--enable-prefill-delayer`
+costs an exchange among ranks in each step (both measured, see docs/performance.md).
 """
 
 import time

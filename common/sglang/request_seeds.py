@@ -2,8 +2,8 @@
 
 SGLang reads `sampling_seed` in deterministic mode only: a mode that slows a GPU down, that a
 CPU cannot run, and in which a request without a seed gets 42. This plugin honours the seed
-of every request that has one and leaves the sampling of all others alone. SGLang finds
-`register` through the entry point group `sglang.srt.plugins`, in every process it spawns.
+of every request that has one and leaves the sampling of all others alone.
+common/sglang/plugins.py calls `register` in the engine's processes.
 
 A seed fixes the random numbers, not the model's arithmetic: where a batch of another shape
 changes a probability in its last bits, the same seed can in rare cases pick another token.
