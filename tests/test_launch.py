@@ -493,6 +493,12 @@ class TestSetup:
         assert re.match(r"setup: the disk that holds \. has \d+ GB free, .*`MIN_FREE_GB=0 make setup`\n", done.stderr)
         assert len(uv_calls(checkout)) == 1
 
+    def test_what_make_starts_keeps_its_bytecode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        done = subprocess.run(["make", "--eval", "shown: ; @env", "shown"], cwd=ROOT, capture_output=True, text=True)
+        assert "PATH=" in done.stdout
+        assert "PYTHONDONTWRITEBYTECODE" not in done.stdout
+
     def test_requirements_name_no_host_and_no_path(self) -> None:
         text = (ROOT / "requirements.txt").read_text()
         assert "://" not in text
