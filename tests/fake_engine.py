@@ -14,7 +14,7 @@ from typing import Any
 import uvloop
 
 from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.observability.request_path import RequestPath
+from common.observability.request_records import RequestPath
 from common.wire import EngineDescription, EngineRequest, Envelope, read_engine_request, to_wire
 
 logger = logging.getLogger("fake_engine")

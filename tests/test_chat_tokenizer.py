@@ -12,10 +12,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.arguments import parse_processor_args
-from common.context_limits import ContextLimits
 from common.errors import ContextLengthExceeded, InvalidRequest
-from common.openai.messages import Message
-from common.openai.request import parse_chat_request
+from common.openai.request import Message, parse_chat_request
+from common.sampling import ContextLimits
 from common.text.chat_tokenizer import SHORT_CHARACTERS, SHORT_MESSAGES, ChatTokenizer
 from common.wire import EngineDescription
 from tests.processes import MODEL, ROOT
@@ -161,7 +160,7 @@ WITHOUT_TORCH = """
 import asyncio, json, sys
 from pathlib import Path
 import processor
-from common.context_limits import ContextLimits
+from common.sampling import ContextLimits
 from common.openai.request import parse_chat_request
 
 model, *texts = sys.argv[1:]

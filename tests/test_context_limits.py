@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.context_limits import ContextLimits
 from common.errors import ContextLengthExceeded
+from common.sampling import ContextLimits
 from common.wire import EngineDescription
 
 

@@ -13,8 +13,7 @@ from common.dynamo.failover import DEFAULT_LIMITS, MAX_BROKEN_CALLS, CallLimits,
 from common.dynamo.runtime import Client, Context
 from common.errors import Aborted, BadUpstream, Busy, InvalidRequest, Unavailable
 from common.observability.metrics import Metrics
-from common.sampling import ENGINE_ANSWERS
-from common.wire import PROCESSOR_ANSWERS, AnswerProtocol, C, EngineChunk, ProcessorChunk
+from common.wire import ENGINE_ANSWERS, PROCESSOR_ANSWERS, AnswerProtocol, C, EngineChunk, ProcessorChunk
 from tests.contexts import request_context
 
 WAIT_S = 0.05

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadUpstream
-from common.observability.request_path import HEADER, RequestPath
+from common.observability.request_records import HEADER, RequestPath
 from common.page.live_page import PAGE, page_headers
 from common.wire import EngineChunk, Envelope, read_engine_chunk, read_processor_chunk, to_wire
 from tests.contexts import request_context

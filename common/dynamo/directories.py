@@ -10,10 +10,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from common.context_limits import ContextLimits
 from common.dynamo import releases
 from common.dynamo.runtime import Client
 from common.errors import ModelNotFound
+from common.sampling import ContextLimits
 from common.wire import DESCRIBE, EngineDescription, ProcessorDescription
 
 logger = logging.getLogger(__name__)

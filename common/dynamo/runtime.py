@@ -20,8 +20,7 @@ from common.dynamo.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connect
 from common.dynamo.network import RESPONSE_HOST, detect_dead_peers, is_out_of_reach
 from common.dynamo.releases import Context
 from common.dynamo.servers import ServersMissing, is_lease_known
-from common.dynamo.service import service
-from common.dynamo.serving import Handler, Serving
+from common.dynamo.service import Handler, Serving, service
 from common.environment import check_system_port, chosen_cpus, stay_on
 from common.observability.logs import log_json_lines
 

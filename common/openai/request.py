@@ -4,13 +4,75 @@ Anything not named here is refused by name, unless it has the value that changes
 """
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from common.errors import InvalidRequest
-from common.openai.messages import Message
 from common.openai.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
+
+# Fields of an answer's message, for clients that send it back.
+_NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],)}
+
+
+class TextPart(StrictModel):
+    type: Literal["text"]
+    text: str
+
+
+Content = Annotated[Annotated[str, IS_STRING] | Annotated[list[TextPart], IS_LIST], STRING_OR_LIST]
+
+
+class _Message(StrictModel):
+    no_ops = _NO_OPS
+    name: str | None = None
+
+
+class SystemMessage(_Message):
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Message):
+    role: Literal["user"]
+    content: Content
+
+
+class FunctionCall(StrictModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(StrictModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AssistantMessage(_Message):
+    """`content` may be missing where the assistant called tools."""
+
+    rules: ClassVar = [any_of(present("content"), present("refusal"), present("tool_calls", minItems=1))]
+    role: Literal["assistant"]
+    content: Content | None = None
+    refusal: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "AssistantMessage":
+        if self.content is None and self.tool_calls is None and self.refusal is None:
+            raise ValueError("an assistant message needs content or tool_calls")
+        return self
+
+
+class ToolMessage(_Message):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 256

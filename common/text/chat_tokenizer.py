@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 import tokenizers
 
-from common.context_limits import ContextLimits
 from common.errors import InvalidRequest
-from common.openai.messages import Message
-from common.openai.request import ChatCompletionRequest
+from common.openai.request import ChatCompletionRequest, Message
+from common.sampling import ContextLimits
 from common.text.detokenizer import special_token_ids, token_bytes
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tokenizer_identity import tokenizer_sha256
