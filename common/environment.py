@@ -31,6 +31,9 @@ def prepare_environment() -> None:
     os.environ["DYN_DISCOVERY_BACKEND"] = "etcd"
     # How long etcd lists a process that was killed. Dynamo's own default was 10 s until 1.4, and is 30 s since.
     os.environ.setdefault("ETCD_LEASE_TTL", "10")
+    # So 1.6 notices a connection that has died before the lease has.
+    os.environ.setdefault("ETCD_KEEPALIVE_INTERVAL_SECONDS", "5")
+    os.environ.setdefault("ETCD_KEEPALIVE_TIMEOUT_SECONDS", "3")
     # Response streams come back over TCP from whoever answers. Loopback unless the operator names an interface.
     os.environ.setdefault("DYN_TCP_RESPONSE_STREAM_HOST", "lo")
     os.environ.setdefault("DYN_SYSTEM_HOST", "127.0.0.1")  # where DYN_SYSTEM_PORT, if it is set, is opened

@@ -4,8 +4,10 @@ Each question gets a process of its own: 0.5 opens one runtime a process, and Ru
 """
 
 import asyncio
+import itertools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -195,6 +197,71 @@ async def killed(infra: Infra) -> dict[str, Any]:
     return {"midway": await meaning(3), "afterwards": await meaning()}
 
 
+STALLED_READER = """
+import asyncio
+from common.dynamo import releases
+
+async def read():
+    runtime = releases.open_runtime(asyncio.get_running_loop())
+    client = await (await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)).client()
+    await client.wait_for_instances()
+    stream = await client.direct({"size": 3000, "pause_s": 0.002}, client.instance_ids()[0])
+    print("reading", flush=True)
+    async for _ in stream:
+        pass
+
+asyncio.run(read())
+"""
+
+
+async def stalled(infra: Infra) -> dict[str, Any]:
+    """How long does the worst of 64 streams pause while the reader of another one, which gets a lot, stands still?"""
+    from common.dynamo import releases
+    from common.dynamo.connection import Connection
+    from common.dynamo.service import Serving
+
+    num_items = 0
+
+    async def handler(request: dict[str, Any], context: Any) -> Items:
+        nonlocal num_items
+        while not context.is_stopped():
+            num_items += request["size"] > 1
+            yield {"token_ids": [1] * request["size"]}
+            await asyncio.sleep(request["pause_s"])
+
+    runtime = releases.open_runtime(asyncio.get_running_loop())
+    endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
+    served = asyncio.ensure_future(endpoint.serve_endpoint(Serving(handler, Connection()).answer))
+    client = await endpoint.client()
+    await until(client.instance_ids)
+
+    async def longest_pause_s(context: Any) -> float:
+        arrivals = []
+        request = {"size": 1, "pause_s": 0.03}
+        async for _ in await client.direct(request, client.instance_ids()[0], context=context):
+            arrivals.append(time.monotonic())
+        return max(later - earlier for earlier, later in itertools.pairwise(arrivals))
+
+    contexts = [releases.Context() for _ in range(64)]
+    others = [asyncio.create_task(longest_pause_s(context)) for context in contexts]
+    reader = await asyncio.create_subprocess_exec(sys.executable, "-c", STALLED_READER, stdout=asyncio.subprocess.PIPE)
+    assert reader.stdout is not None
+    assert await reader.stdout.readline() == b"reading\n"
+    reader.send_signal(signal.SIGSTOP)
+    before = -1
+    while before != num_items:  # until nothing more of it is taken
+        before = num_items
+        await asyncio.sleep(1)
+    for context in contexts:
+        context.stop_generating()
+    pauses_s = await asyncio.gather(*others)
+    reader.kill()
+    await reader.wait()
+    runtime.shutdown()
+    await served
+    return {"num_items": num_items, "longest_pause_s": max(pauses_s)}
+
+
 async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:
     with TemporaryDirectory() as folder:
         infra = Infra(Path(folder))
@@ -208,4 +275,6 @@ async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main({q.__name__: q for q in (vocabulary, registration, etcd_away, calls, killed)}[sys.argv[1]]))
+    uvloop.run(
+        main({q.__name__: q for q in (vocabulary, registration, etcd_away, calls, killed, stalled)}[sys.argv[1]])
+    )

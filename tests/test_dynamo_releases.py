@@ -78,6 +78,12 @@ def test_a_stream_whose_worker_is_killed_is_broken_and_not_unanswered() -> None:
     assert ask("killed")[0] == {"midway": ["is_broken"], "afterwards": ["is_unanswered"]}
 
 
+def test_a_reader_that_stands_still_holds_up_no_other_stream() -> None:
+    found = ask("stalled")[0]
+    assert found["num_items"] > 100
+    assert found["longest_pause_s"] < 0.2
+
+
 def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(own_scripts: Pipeline) -> None:
     engine = own_scripts.fake_engine("--token-interval-ms", "50")
     own_scripts.wait_ready()

@@ -3,17 +3,18 @@
 The wrapper answers `{"describe": true}`, reads the request's dict into the type that the handler's signature names,
 keeps the request's record (metrics, log line, span, path), and turns chunks and errors into dicts again.
 
-The dicts are pushed into Dynamo's sender where it has one, else pulled by Dynamo. Pushing costs the worker a third of
-the CPU time per dict (docs/dynamo-releases.md). A sender takes dicts without delay until its reader has let about 4 MB
-pile up, and then blocks whoever sends. So what a stream sends after its first MiB, which hardly any does, is sent from
-a thread: a reader that stalls delays its own stream and no other.
+The dicts are pushed into Dynamo's sender where it has one, else pulled by Dynamo. Pushing costs the worker half of the
+CPU time per dict, or less (docs/dynamo-releases.md). A sender takes dicts without delay until its reader has let the
+buffers of their connection fill up, and then blocks whoever sends: after 14,000 small dicts of an engine on another
+host, 60,000 on the same one. So what a stream sends after its first 128 KiB, which few do, is sent from a thread: a
+reader that stalls delays its own stream and no other.
 """
 
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
+from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
 
 import msgspec
@@ -76,8 +77,8 @@ class service(Generic[R]):  # noqa: N801: reads as the decorator that it is
 
 Handler = Callable[[dict[str, Any], Context], AsyncGenerator[dict[str, Any], None]]
 
-UNBLOCKED_BYTES = 2**20
-MAX_BLOCKED_STREAMS = 64
+UNBLOCKED_BYTES = 2**17
+_ENVELOPE_BYTES = 64  # Dynamo's own around a dict, and the kernel's
 
 
 class ResponseSender(Protocol):
@@ -94,7 +95,6 @@ class Serving:
     def __init__(self, handler: Handler, connection: Connection) -> None:
         self._handler, self._connection = handler, connection
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(MAX_BLOCKED_STREAMS, thread_name_prefix="stalled-reader")
 
     async def answer(
         self, request: dict[str, Any], context: Context, response_sender: ResponseSender | None = None
@@ -122,15 +122,35 @@ class Serving:
         num_bytes = 0
         async with aclosing(stream):
             async for item in stream:
-                num_bytes += len(msgspec.msgpack.encode(item))
+                num_bytes += len(msgspec.msgpack.encode(item)) + _ENVELOPE_BYTES
                 try:
                     if num_bytes <= UNBLOCKED_BYTES:
                         sender.send(item)
                     else:
-                        await self._loop.run_in_executor(self._threads, sender.send, item)
+                        await self._send_from_thread(sender, item)
                 except RuntimeError:  # the reader is gone
                     return
         sender.close()
+
+    async def _send_from_thread(self, sender: ResponseSender, item: dict[str, Any]) -> None:
+        """From one that may stay blocked: the interpreter would wait for an executor's threads at its end."""
+        sent: asyncio.Future[None] = self._loop.create_future()
+
+        def settle(error: RuntimeError | None) -> None:
+            if not sent.done():
+                sent.set_exception(error) if error else sent.set_result(None)
+
+        def send() -> None:
+            failure = None
+            try:
+                sender.send(item)
+            except RuntimeError as error:
+                failure = error
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(settle, failure)
+
+        Thread(target=send, name="stalled-reader", daemon=True).start()
+        await sent
 
     async def _close(self, stream: AsyncGenerator[dict[str, Any], None]) -> None:
         try:
