@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run status test test-quick test-page test-chapter test-hosts soak bench check lock clean
+.PHONY: help setup model infra run status test test-long test-quick test-page test-chapter test-hosts soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python. Where each is, or nothing.
 PYTHON_CANDIDATES ?= $(or $(PYTHON),python3.11 python3.12 python3)
@@ -26,6 +26,7 @@ help:
 	@echo 'make status            what `make run` runs'
 	@echo
 	@echo 'make test        every test, with the real servers and the real model'
+	@echo 'make test-long   outages of a minute, and a minute of load and faults: what make test does in seconds'
 	@echo 'make test-quick  only the tests that need no model and no servers'
 	@echo 'make test-page   only the tests of the page at /, in the Chromium that is installed here, if one is'
 	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'
@@ -90,10 +91,13 @@ status:
 	@$(VENV_PYTHON) -m launch.control
 
 test: model
-	@$(VENV_PYTHON) -m pytest
+	@$(VENV_PYTHON) -m pytest -m 'not long'
+
+test-long: model
+	@$(VENV_PYTHON) -m pytest -m long
 
 test-quick: setup
-	@$(VENV_PYTHON) -m pytest -m 'not process and not pipeline and not slow and not browser'
+	@$(VENV_PYTHON) -m pytest -m 'not process and not pipeline and not browser'
 
 test-page: model
 	@$(VENV_PYTHON) -m pytest tests/test_live_page.py tests/test_live_page_browser.py
@@ -108,7 +112,7 @@ CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py c
 	@touch $@
 
 test-chapter: model .venv-chapter/installed
-	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not slow' $(CHAPTER_TESTS)
+	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
 
 test-hosts: model
 	@$(VENV_PYTHON) -m pytest -m hosts

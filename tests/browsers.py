@@ -1,14 +1,12 @@
 """A headless Chromium for tests, driven by Playwright: the system's own, so that nothing is downloaded."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from playwright.sync_api import Browser, sync_playwright
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, _NAMES)), None)
+from tests.programs import CHROMIUM
 
 
 @contextmanager

@@ -1,12 +1,38 @@
 """Fixtures: one NATS and etcd, one pipeline on a fake engine and one on the real model, for all tests."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from tokenizers import Tokenizer
 
+from tests import programs
 from tests.processes import MODEL, ROOT, Infra, Pipeline, running
+
+_num_skipped: Counter[str] = Counter()  # by the program that was missing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for program in mark.args:
+            if not programs.is_installed(program):
+                if programs.ARE_REQUIRED:
+                    pytest.fail(f"{program} is not installed", pytrace=False)
+                _num_skipped[program] += 1
+                pytest.skip(f"{program} is not installed")
+
+
+def pytest_unconfigure() -> None:
+    """The last line of the run."""
+    if _num_skipped:
+        skipped = ", ".join(f"{count} that need {program}" for program, count in _num_skipped.items())
+        print(f"Tests were skipped: {skipped}. To have them: apt-get install {programs.packages(_num_skipped)}")
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +41,11 @@ def embedded_model() -> str:
     if not (ROOT / MODEL / "model.safetensors").exists():
         pytest.fail(f"{MODEL} is missing: run `make model` first")
     return MODEL
+
+
+@pytest.fixture(scope="session")
+def tokenizer(embedded_model: str) -> Tokenizer:
+    return Tokenizer.from_file(str(ROOT / embedded_model / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")

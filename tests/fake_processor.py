@@ -1,6 +1,5 @@
-"""A stand-in for processor.py: as little as the chapter asks of a processor, or garbage."""
+"""A stand-in for processor.py: as little as the chapter asks of a processor, or the garbage that `user` names."""
 
-import argparse
 import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -25,7 +24,6 @@ GARBAGE: dict[str, list[Any]] = {
     "error-number": [{"error": 7}],
     "huge-junk": [{"junk": "x" * 10_000_000, "content": 7}],
     "huge-list": [{"content": list(range(1_000_000))}],
-    "empty-stream": [],
 }
 ENDLESS: dict[str, Any] = {
     "endless-nothing": {},
@@ -37,17 +35,14 @@ ENDLESS: dict[str, Any] = {
 async def process(request: dict[str, Any], context: Context) -> AsyncGenerator[Any, None]:
     if request.get("describe"):
         raise KeyError("messages")
-    kind = ARGS.garbage
-    if kind is None:
-        yield {"content": "Hello from afar."}
-        yield END
-    elif kind in GARBAGE:
-        for item in GARBAGE[kind]:
-            yield item
-    else:
+    kind = request.get("user")
+    if kind in ENDLESS:
         while not context.is_stopped():
             yield ENDLESS[kind]
             await asyncio.sleep(0)
+    else:
+        for item in GARBAGE.get(kind, [{"content": "Hello from afar."}, END]):
+            yield item
 
 
 @dynamo_worker(static=False)
@@ -59,7 +54,4 @@ async def worker(runtime: DistributedRuntime) -> None:
 
 if __name__ == "__main__":
     configure_dynamo_logging()
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--garbage", choices=[*GARBAGE, *ENDLESS])
-    ARGS = parser.parse_args()
     uvloop.run(worker())

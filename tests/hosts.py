@@ -6,7 +6,6 @@ is not permitted, `why_no_hosts` says so.
 
 import os
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -29,8 +28,6 @@ def _ip(*args: str) -> None:
 @cache
 def why_no_hosts() -> str | None:
     """Why there can be no hosts here; None where there can."""
-    if shutil.which("ip") is None:
-        return "needs iproute2 (the command `ip`)"
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     hosts = Hosts()

@@ -7,7 +7,7 @@ import sys
 
 from tests.browsers import chromium
 
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 PATIENCE_MS = 120_000
 SETTLED_MS = 500
 

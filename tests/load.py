@@ -37,6 +37,16 @@ def chat(pipeline: Pipeline, timeout_s: float = 60, **fields: object) -> httpx.R
     return httpx.post(f"{pipeline.url}/v1/chat/completions", json=CHAT | fields, timeout=timeout_s)
 
 
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "Traceback" not in response.text
+    return error
+
+
 def ask(client: httpx.Client, fields: dict[str, Any], on_first: threading.Event | None = None) -> Asked:
     """One request, streamed or not; `on_first` is set with the first text of a stream."""
     started, text = time.monotonic(), ""
@@ -69,6 +79,16 @@ def ask(client: httpx.Client, fields: dict[str, Any], on_first: threading.Event 
     except httpx.HTTPError as error:
         outcome = type(error).__name__
     return Asked(outcome, text, started, time.monotonic() - started)
+
+
+def streamed_text(
+    pipeline: Pipeline, on_first: threading.Event | None = None, timeout_s: float = 60, **fields: object
+) -> str:
+    """The joined deltas; the stream must end as it should."""
+    with httpx.Client(base_url=pipeline.url, timeout=timeout_s) as client:
+        asked = ask(client, {"stream": True} | fields, on_first)
+    assert asked.outcome == "200"
+    return asked.text
 
 
 class Load:

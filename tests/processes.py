@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -20,13 +21,26 @@ BIN = Path(sys.executable).parent
 DYNAMO = version("ai-dynamo-runtime")
 MODEL = "models/SmolLM2-135M-Instruct"
 LOOPBACK = "127.0.0.1"
+SHORT_LEASE = {"ETCD_LEASE_TTL": "2"}  # in seconds, for those whose end etcd shall notice soon: Dynamo's default is 10
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
+_claims: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A port for a server that is started later, and once more after that: below those that the kernel hands out, and
+    nobody else's who asks here, in other processes either, as long as this one lives.
+    """
+    while True:
+        port = random.randrange(15_000, 32_768)
+        claim = socket.socket(socket.AF_UNIX)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            claim.bind(f"\0tests-port-{port}")  # no file: the name is free again when the process ends
+            probe.bind((LOOPBACK, port))
+            _claims.append(claim)
+            return port
+        claim.close()
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:

@@ -146,8 +146,7 @@ def ask(pipeline: Pipeline, **fields: object) -> dict[str, Any]:
 
 
 @pytest.mark.process
-def test_each_new_token_arrives_once(chapter: Pipeline) -> None:
-    tokenizer = Tokenizer.from_file(str(ROOT / MODEL / "tokenizer.json"))
+def test_each_new_token_arrives_once(chapter: Pipeline, tokenizer: Tokenizer) -> None:
     answer = ask(chapter, max_tokens=5)
     expected = tokenizer.decode([1000, 1001, 1002, 1003, 1004])
     assert answer["choices"][0]["message"]["content"] == expected

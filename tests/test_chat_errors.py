@@ -5,22 +5,13 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.load import error_of
 from tests.processes import MODEL, Infra, Pipeline, accepts, wait_until
 
 pytestmark = pytest.mark.process
 
 MESSAGES = [{"role": "user", "content": "Hello!"}]
 CHAT = {"model": MODEL, "messages": MESSAGES, "max_tokens": 3}
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    assert "Traceback" not in response.text
-    return error
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [

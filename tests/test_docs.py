@@ -8,7 +8,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -20,7 +19,8 @@ import pytest
 import yaml
 
 from common.wire import read_engine_chunk, read_engine_request, read_processor_chunk
-from tests.processes import BIN, MODEL, ROOT, Infra, Pipeline, Process, free_port, wait_until
+from tests.call_endpoint import call_endpoint
+from tests.processes import BIN, MODEL, ROOT, SHORT_LEASE, Infra, Pipeline, Process, free_port, wait_until
 
 README, EXPERIMENTS = ROOT / "README.md", ROOT / "docs" / "experiments.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -115,6 +115,11 @@ def sh(command: str, pipeline: Pipeline, *, timeout_s: float = 120, **environ: s
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def entries_of(choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The logprobs of all tokens of all choices."""
+    return [entry for choice in choices for entry in choice["logprobs"]["content"]]
 
 
 def in_environment(infra: Infra) -> dict[str, str]:
@@ -212,25 +217,6 @@ def test_the_wire_examples_are_what_wire_py_reads() -> None:
         read_engine_chunk(error)
 
 
-# Calls an endpoint with a dict, and prints what comes back, a line of JSON each.
-CALL = """
-import asyncio, json, sys
-import uvloop
-from common.dynamo.runtime import DistributedRuntime, dynamo_worker
-
-@dynamo_worker(static=False)
-async def worker(runtime: DistributedRuntime) -> None:
-    component, endpoint, request = sys.argv[1:]
-    client = await runtime.namespace("inference").component(component).endpoint(endpoint).client()
-    while not await client.instance_ids():
-        await asyncio.sleep(0.05)
-    async for chunk in await client.generate(json.loads(request)):
-        print(json.dumps(chunk.data()))
-    runtime.request_stop()
-
-uvloop.run(worker())
-"""
-
 # An engine that writes down what it is asked, and answers with one dict.
 SPY = """
 import json, sys
@@ -249,15 +235,6 @@ uvloop.run(worker())
 """
 
 
-def call(pipeline: Pipeline, component: str, endpoint: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-c", CALL, component, endpoint, json.dumps(request)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **pipeline.env, "DYN_LOG": "error"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def ask(pipeline: Pipeline, model: str, **fields: object) -> httpx.Response:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], **fields}
     return httpx.post(f"{pipeline.url}/v1/chat/completions", json=body, timeout=60)
@@ -270,7 +247,7 @@ class Bench:
         self.folder = folder
         self.monitoring = f"127.0.0.1:{free_port()}"
         self.infra = Infra(folder / "infra", nats_args=["-m", self.monitoring.split(":")[1]])
-        self.pipeline = Pipeline(self.infra, folder / "scripts")
+        self.pipeline = Pipeline(self.infra, folder / "scripts", env=SHORT_LEASE)
         self.infra.start()
         self.processor = self.pipeline.processor()
         self.frontend = self.pipeline.frontend()
@@ -308,10 +285,12 @@ class TestWithoutTheModel:
     def test_the_wire_examples_are_what_the_processor_sends(self, bench: Bench) -> None:
         chat, engine_request, engine_chunk, processor_chunk, error = wire_examples()
         spy = bench.serve(SPY, json.dumps(engine_chunk))
-        assert call(bench.pipeline, "processor", "process", chat) == [processor_chunk]
+        assert call_endpoint(bench.pipeline, "processor", "process", [chat, chat | {"model": "nope"}]) == [
+            [processor_chunk],
+            [error],
+        ]
         asked = [json.loads(line.removeprefix("asked ")) for line in spy.log.splitlines() if line.startswith("asked ")]
         assert [request for request in asked if "describe" not in request] == [engine_request]
-        assert call(bench.pipeline, "processor", "process", chat | {"model": "nope"}) == [error]
         bench.retire(spy)
 
     def test_an_engine_of_your_own_answers_with_the_prompt(self, bench: Bench) -> None:
@@ -411,9 +390,15 @@ class TestWithTheModel:
         assert program.output is not None
         assert sh(f"python -c '{program.text}'", pipeline) == program.output
 
-    def test_the_engine_sends_the_wire_examples_tokens(self, pipeline: Pipeline) -> None:
+    def test_the_engine_sends_the_wire_examples_tokens_and_no_rounding_changes_them(self, pipeline: Pipeline) -> None:
+        """It is the answer that several tests expect: each token leads by more than CPUs and batches differ."""
         _, engine_request, engine_chunk, _, _ = wire_examples()
-        assert call(pipeline, "engine", "generate", engine_request) == [engine_chunk]
+        with_logprobs = engine_request | {"output_options": {"stream": False, "logprobs": 2}}
+        (plain,), (chunk,) = call_endpoint(pipeline, "engine", "generate", [engine_request, with_logprobs])
+        assert plain == engine_chunk
+        assert chunk["token_ids"] == engine_chunk["token_ids"]
+        leads = [best[1] - second[1] for best, second in chunk["top_logprobs"]]
+        assert min(leads) > 0.5, leads
 
     def test_a_changed_default_needs_a_restart_of_the_processor_alone(self, pipeline: Pipeline, tmp_path: Path) -> None:
         edit, _, _ = block(EXPERIMENTS, "sed -i").command.partition("\n")
@@ -422,25 +407,27 @@ class TestWithTheModel:
         subprocess.run(["bash", "-c", edit], cwd=tmp_path, check=True)
         assert '"temperature": 0.0' in changed.read_text()
         asking = block(EXPERIMENTS, "curl -s http://localhost:8080/v1/chat/completions").command
+        asking = asking.replace('"n": 3', '"n": 3, "logprobs": true, "top_logprobs": 1')
         frontend, processor, engine = pipeline.processes[:3]
         pids = frontend.pid, engine.pid
         assert processor.terminate() == 0
         other = pipeline.script(str(changed), "--model", MODEL)
         try:
             pipeline.wait_ready()
-            answer = json.loads(sh(asking, pipeline))
-            assert len(answer["choices"]) == 3
-            assert len({choice["message"]["content"] for choice in answer["choices"]}) == 1
+            choices = json.loads(sh(asking, pipeline))["choices"]
+            assert len(choices) == 3
+            # All the same, as far as rounding allows, which is not the same for each place in a batch.
+            assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in entries_of(choices))
         finally:
             other.terminate()
             pipeline.processes.remove(other)
             processor.start()
             pipeline.wait_ready()
         assert (frontend.pid, engine.pid) == pids
-        answer = json.loads(sh(asking, pipeline))
-        assert len({choice["message"]["content"] for choice in answer["choices"]}) > 1
+        choices = json.loads(sh(asking, pipeline))["choices"]
+        assert len({choice["message"]["content"] for choice in choices}) > 1
+        assert any(entry["logprob"] < entry["top_logprobs"][0]["logprob"] for entry in entries_of(choices))
 
-    @pytest.mark.slow
     def test_make_run_prints_what_the_page_shows(self, embedded_model: str, tmp_path: Path) -> None:
         running = block(README, "make run")
         assert running.output is not None
@@ -450,4 +437,5 @@ class TestWithTheModel:
             running.command.split(), cwd=ROOT, capture_output=True, text=True, timeout=280, env=environ
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr == ""
         assert_shows(running.output, done.stdout, is_sampled=True)

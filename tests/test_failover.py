@@ -127,6 +127,17 @@ class KilledMidway:
         yield Chunk({"finish_reason": "stop"})
 
 
+class Empty(GoneButListed):
+    """One whose streams just end."""
+
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+        return self._nothing()
+
+    async def _nothing(self) -> AsyncGenerator[Chunk, None]:
+        for chunk in ():
+            yield chunk
+
+
 @pytest.fixture
 def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.dynamo.instances.QUARANTINE_S", 0.01)
@@ -144,9 +155,10 @@ def test_calls_that_nobody_took_do_not_use_up_the_attempts(short_rest: None) -> 
     assert answer_of(GoneButListed()) == [ProcessorChunk(finish_reason="stop")]
 
 
-def test_a_request_that_breaks_every_instance_is_given_up(short_rest: None) -> None:
+@pytest.mark.parametrize("kind", [Breaking, Empty])
+def test_a_request_that_breaks_every_instance_is_given_up(short_rest: None, kind: type[GoneButListed]) -> None:
     with pytest.raises(BadUpstream, match=r"8 calls of .* broke"):
-        answer_of(Breaking())
+        answer_of(kind())
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from common.http.app import Pipeline as HttpPipeline
 from common.http.app import create_app
 from common.observability.metrics import Metrics
 from tests.frontends import frontend_beside
+from tests.load import error_of
 from tests.processes import MODEL, Pipeline, Process, wait_until
 from tests.raw_http import CHAT_HEAD
 from tests.streams import ask_stream, read_stream
-from tests.test_chat_errors import error_of
 
 pytestmark = pytest.mark.process
 

@@ -376,15 +376,13 @@ class FakeFrontend(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("has_curl", [True, False])
+@pytest.mark.parametrize("has_curl", [pytest.param(True, marks=pytest.mark.needs("curl")), False])
 class TestFirstQuestion:
     @pytest.fixture
     def ask(self, has_curl: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bytes], object]]:
         """Asks a frontend that answers with this status and body."""
         if not has_curl:
             monkeypatch.setattr(first_question.shutil, "which", lambda name: None)
-        elif first_question.shutil.which("curl") is None:
-            pytest.skip("this machine has no curl")
 
         with ThreadingHTTPServer(("127.0.0.1", 0), FakeFrontend) as server:
             threading.Thread(target=server.serve_forever, args=(0.02,)).start()

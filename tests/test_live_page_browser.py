@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browsers import CHROMIUM, chromium
+from tests.browsers import chromium
 from tests.frontends import frontend_beside
-from tests.processes import Infra, Pipeline, running, wait_until
+from tests.processes import SHORT_LEASE, Infra, Pipeline, running, wait_until
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.process,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install it, or name it in CHROMIUM"),
+    pytest.mark.needs("chromium"),
 ]
 
 ATTACK = "<img src=x onerror=\"document.title='owned'\">"
 MODEL_NAME = f"echo {ATTACK}"
-# etcd forgets a killed instance when its lease ends, after ten seconds; and a machine may be busy.
-PATIENCE_MS = 30_000
+PATIENCE_MS = 30_000  # a machine may be busy
 LONG = "one two three four five six seven eight nine ten " * 12  # six seconds
 # The lengths that the second text of the conversation, which is the answer, has had.
 NOTE_LENGTHS = """
@@ -45,7 +44,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Itera
     """A pipeline that says what it is told, 20 tokens a second, under a model name that is an attack itself."""
     folder = tmp_path_factory.mktemp("page")
     infra = Infra(folder / "infra")
-    pipeline = Pipeline(infra, folder / "scripts")
+    pipeline = Pipeline(infra, folder / "scripts", env=SHORT_LEASE)
     with running(infra.start()), running(pipeline):
         start_engine(pipeline)
         pipeline.processor("--served-model-name", MODEL_NAME)

@@ -1,18 +1,17 @@
 """What the three real scripts count, as a scraper reads it: engine.py's own handler, without SGLang under it."""
 
 import re
-import socket
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes import DYNAMO, ROOT, Infra, Pipeline, Process, running, wait_until
+from tests.processes import DYNAMO, ROOT, SHORT_LEASE, Infra, Pipeline, Process, free_port, running, wait_until
 from tests.raw_http import CHAT
 from tests.streams import ask_stream
 
@@ -24,18 +23,6 @@ pytestmark = [
 PREFIX = "dynamo_chat_"
 CHAT_PATH = "/v1/chat/completions"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def low_port() -> int:
-    """A free port that fits in Dynamo's DYN_SYSTEM_PORT, which is 16 bits with a sign."""
-    for port in range(20_000 + time.monotonic_ns() % 10_000, 32_768):
-        with closing(socket.socket()) as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-    raise OSError("no free port")
 
 
 class Scraped:
@@ -67,7 +54,7 @@ class Scripts:
         self.urls: dict[str, str] = {"frontend": self.pipeline.url}
 
     def own_port(self, component: str) -> Mapping[str, str]:
-        port = low_port()
+        port = free_port()
         self.urls[component] = f"http://127.0.0.1:{port}"
         return {"DYN_SYSTEM_PORT": str(port)}
 
@@ -209,9 +196,9 @@ def test_metrics_need_no_key_and_leave_no_line(scripts: Scripts) -> None:
 
 def test_a_workers_port_is_on_loopback_and_has_dynamos_metrics_too(scripts: Scripts) -> None:
     for component in ("processor", "engine"):
-        port = scripts.urls[component].rpartition(":")[2]
-        listening = subprocess.run(["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True, check=True)
-        assert [line.split()[3] for line in listening.stdout.splitlines()] == [f"127.0.0.1:{port}"]
+        port = int(scripts.urls[component].rpartition(":")[2])
+        listening = [each.laddr for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+        assert [address.ip for address in listening if address.port == port] == ["127.0.0.1"]
         assert Scraped(scripts.urls[component]).text.count("# TYPE dynamo_component_requests_total counter") == 1
 
 
@@ -220,7 +207,7 @@ def faulty(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Sc
     """A pipeline without an engine, to be harmed."""
     scripts = Scripts(own_infra, tmp_path / "scripts")
     with running(scripts.pipeline):
-        scripts.pipeline.processor("--engine-wait", "1", env=scripts.own_port("processor"))
+        scripts.pipeline.processor("--engine-wait", "1", env={**scripts.own_port("processor"), **SHORT_LEASE})
         scripts.pipeline.frontend()
         yield scripts
 

@@ -13,6 +13,7 @@ from openai import OpenAI
 
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, ROOT, Pipeline
+from tests.programs import ARE_REQUIRED
 
 pytestmark = pytest.mark.process
 
@@ -99,18 +100,16 @@ def test_an_error_in_a_stream_is_raised_by_the_client(fake_pipeline: Pipeline, t
 @pytest.fixture(scope="module")
 def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the `openai` npm package."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("Node and npm are not installed")
     folder = tmp_path_factory.mktemp("node")
-    command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder), NPM_PACKAGE]
+    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(folder), NPM_PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
     if done.returncode:
-        pytest.skip(f"npm cannot install {NPM_PACKAGE}: {done.stderr[-300:]}")
+        (pytest.fail if ARE_REQUIRED else pytest.skip)(f"npm cannot install {NPM_PACKAGE}: {done.stderr[-300:]}")
     shutil.copy(ROOT / "tests" / "openai_client.mjs", folder)
     return folder
 
 
+@pytest.mark.needs("node", "npm")
 def test_the_client_for_node(fake_pipeline: Pipeline, node_folder: Path) -> None:
     command = ["node", "openai_client.mjs", f"{fake_pipeline.url}/v1", MODEL]
     done = subprocess.run(command, cwd=node_folder, capture_output=True, text=True, timeout=60, check=False)

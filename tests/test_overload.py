@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import shutil
 import statistics
 import subprocess
 import time
@@ -65,11 +64,11 @@ def test_too_many_requests_are_refused_fast_and_those_inside_finish(paced: Pipel
             until = time.monotonic() + duration_s
             await asyncio.gather(*(client(http, until) for _ in range(10 * LIMIT)))
 
-    asyncio.run(overload(3))  # connections, and what memory they take once
+    asyncio.run(overload(2))  # connections, and what memory they take once
     warm = frontend.memory_info().rss
     answered_s.clear()
     refused_s.clear()
-    asyncio.run(overload(8))
+    asyncio.run(overload(5))
     grown = frontend.memory_info().rss - warm
     # The client's own figures say how busy this machine is; the log says how long the frontend took.
     inside_the_frontend_s = [
@@ -79,10 +78,10 @@ def test_too_many_requests_are_refused_fast_and_those_inside_finish(paced: Pipel
           f"p50 {statistics.median(refused_s) * 1000:.0f} ms, p99 {p99(refused_s) * 1000:.0f} ms, "
           f"in the frontend p99 {p99(inside_the_frontend_s) * 1000:.0f} ms, "
           f"memory {grown / 1e6:+.1f} MB")  # fmt: skip
-    assert len(refused_s) > 200
+    assert len(refused_s) > 100
     assert len(answered_s) >= 2 * LIMIT
     assert statistics.median(refused_s) < statistics.median(answered_s)
-    assert p99(inside_the_frontend_s) < 0.1
+    assert p99(inside_the_frontend_s) < min(answered_s)  # a refusal waits for nobody's answer
     assert grown < 20_000_000
 
 
@@ -198,7 +197,7 @@ def test_many_slow_clients_hold_up_nobody(paced: Pipeline) -> None:
             slow.close()
 
 
-@pytest.mark.skipif(shutil.which("slowhttptest") is None, reason="slowhttptest is not installed")
+@pytest.mark.needs("slowhttptest")
 @pytest.mark.parametrize(
     ("attack", "path"),
     [
@@ -209,7 +208,7 @@ def test_many_slow_clients_hold_up_nobody(paced: Pipeline) -> None:
     ids=["slow headers", "slow bodies", "slow reading"],
 )
 def test_slowhttptest_makes_the_frontend_unavailable_to_nobody(paced: Pipeline, attack: list[str], path: str) -> None:
-    shape = ["-c", "300", "-r", "100", "-i", "1", "-l", "10", "-p", "2", "-v", "1"]
+    shape = ["-c", "300", "-r", "100", "-i", "1", "-l", "6", "-p", "2", "-v", "1"]
     command = ["slowhttptest", *attack, *shape, "-u", f"{paced.url}{path}"]
     slowest_s = 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as attacker:

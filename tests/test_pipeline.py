@@ -7,11 +7,11 @@ import time
 import httpx
 import pytest
 
-from tests.processes import Pipeline, wait_until
+from tests.processes import Pipeline
 
 pytestmark = pytest.mark.pipeline
 
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 
 
 def ask(client: httpx.Client, model: str, **fields: object) -> httpx.Response:
@@ -29,7 +29,7 @@ def test_the_model_answers_a_question(client: httpx.Client, embedded_model: str)
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     # "<|im_start|>user\n...<|im_end|>\n<|im_start|>assistant\n" with the template's system message in front.
-    assert usage["prompt_tokens"] == 37
+    assert usage["prompt_tokens"] == 36
     # "The capital of France is Paris." and the end-of-sequence token, which SGLang counts.
     assert usage["completion_tokens"] == 8
 
@@ -63,22 +63,6 @@ def test_etcd_shows_the_two_services_of_the_chapter(pipeline: Pipeline) -> None:
         assert (entry["namespace"], entry["component"], entry["endpoint"]) == (namespace, component, endpoint)
         assert entry["transport"] == {"nats_tcp": f"{namespace}_{component}.{endpoint}-{lease}"}
         assert entry["instance_id"] == int(lease, 16)
-
-
-def test_the_engine_can_be_killed_and_started_again_without_the_others_noticing(
-    pipeline: Pipeline, client: httpx.Client, embedded_model: str
-) -> None:
-    frontend, processor, engine = pipeline.processes[:3]
-    pids = frontend.pid, processor.pid
-    serving = "serving inference/engine/generate"
-    engine.kill()
-    engine.start()
-    wait_until(lambda: engine.log.count(serving) == 2, 240, "the engine to be back")
-    answer = ask(client, embedded_model)
-    assert "Paris" in answer.json()["choices"][0]["message"]["content"]
-    assert (frontend.pid, processor.pid) == pids
-    assert frontend.is_alive
-    assert processor.is_alive
 
 
 def test_sigterm_takes_the_key_out_of_etcd_and_ends_with_0(

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from tests.frontends import frontend_beside
+from tests.load import chat, streamed_text
 from tests.processes import Infra, Pipeline, Process, running, wait_until
-from tests.test_faults import chat, streamed_text
 
 pytestmark = pytest.mark.process
 

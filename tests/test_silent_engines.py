@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import Infra, Pipeline, Process, running, wait_until
-from tests.test_faults import chat, streamed_text
+from tests.load import chat, streamed_text
+from tests.processes import SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -22,7 +22,7 @@ SILENT_S = 8  # longer than one without a lease may be
 def scripts(tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
     """Two engines that say nothing of a whole answer until it is there."""
     infra = Infra(tmp_path / "infra")
-    pipeline = Pipeline(infra, tmp_path / "scripts")
+    pipeline = Pipeline(infra, tmp_path / "scripts", env=SHORT_LEASE)
     with running(infra.start()), running(pipeline):
         pipeline.frontend()
         pipeline.processor()

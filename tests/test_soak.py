@@ -8,7 +8,7 @@ import pytest
 
 from tests.processes import ROOT
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.long]
 
 
 def test_a_minute_of_faults_costs_no_wrong_answer_no_hang_and_no_memory(embedded_model: str) -> None:

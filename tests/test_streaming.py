@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from common.text.detokenizer import TokenBytes
-from tests.processes import MODEL, ROOT, Infra, Pipeline, running, wait_until
+from tests.processes import MODEL, Infra, Pipeline, running, wait_until
 from tests.streams import Stream, ask_stream, events_of, read_stream
 from tests.tokenizers_for_tests import MULTIBYTE_TEXTS, encode, with_each_text
 
@@ -71,11 +71,6 @@ def client(stage: Pipeline, request: pytest.FixtureRequest) -> Iterator[httpx.Cl
 def with_engine(*args: str) -> pytest.MarkDecorator:
     """Runs a test once, with such an engine."""
     return pytest.mark.parametrize("client", [args], indirect=True, ids=" ".join)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(embedded_model: str) -> Tokenizer:
-    return Tokenizer.from_file(str(ROOT / embedded_model / "tokenizer.json"))
 
 
 def test_the_events_of_a_stream_to_the_letter(client: httpx.Client) -> None:

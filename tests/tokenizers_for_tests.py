@@ -11,6 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from common.text.detokenizer import token_bytes
+
 SMOLLM2 = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct" / "tokenizer.json"
 
 MULTIBYTE_TEXTS = {
@@ -133,6 +135,12 @@ def ids_of_bytes(tokenizer: Tokenizer, text_bytes: bytes) -> list[int]:
     """One token for each byte that has one."""
     ids = (id_of_byte(tokenizer, byte) for byte in text_bytes)
     return [token_id for token_id in ids if token_id is not None]
+
+
+def ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """All of a byte-level tokenizer's ids: no two of them stand for the same bytes."""
+    known = token_bytes(tokenizer)
+    return {known.bytes_of(token_id): token_id for token_id in range(tokenizer.get_vocab_size())}
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
