@@ -16,7 +16,7 @@ async def generate(request: dict[str, Any], context: Context) -> AsyncGenerator[
     try:
         for number in range(request["stop_conditions"]["max_tokens"]):
             yield {"token_ids": [number]}
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.02)
     finally:
         await asyncio.sleep(0.1)
         print("closed", "on the loop" if threading.current_thread() is threading.main_thread() else "elsewhere")

@@ -1,7 +1,6 @@
 """Requests that nobody waits for any more: who notices, and what is left of them."""
 
 import asyncio
-import re
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -14,7 +13,6 @@ from tests.processes import Pipeline, wait_until
 from tests.raw_http import open_request
 
 NUM_ABANDONED = 20
-NUM_LOST = 2  # on busy machines about one stop in two hundred has not arrived, for reasons yet unknown: docs/faults.md
 
 
 @pytest.fixture(autouse=True)
@@ -78,16 +76,18 @@ def test_an_action_that_fails_takes_the_cancellation_from_nobody_else(caplog: py
 
 @pytest.mark.process
 def test_abandoned_handlers_are_closed_on_the_loop_and_hold_up_no_stop(own_scripts: Pipeline) -> None:
-    """A handler may wait for something in its last moments, though Dynamo drops its stream in a thread of its own."""
+    """A handler may wait for something in its last moments, though Dynamo drops its stream in a thread of its own.
+
+    The last one is closed though the worker is idle then.
+    """
     worker = own_scripts.script("tests/slow_farewell.py", env={"DYN_CHAT_DRAIN_TIMEOUT_S": "5"})
     own_scripts.wait_ready()
     for _ in range(NUM_ABANDONED):
         with open_request(own_scripts, max_tokens=8000, stream=True) as client:
             assert client.recv(1000)
-    wait_until(lambda: worker.log.count("closed ") >= NUM_ABANDONED - NUM_LOST, 20, "the handlers to end")
+    wait_until(lambda: worker.log.count("closed ") == NUM_ABANDONED, 20, "the handlers to end")
     for process in (worker, own_scripts.processes[1]):
         assert process.terminate() == 0
-        (num_left,) = re.findall(r"finishing (\d+) requests", process.log)
-        assert int(num_left) <= NUM_LOST
+        assert "finishing 0 requests" in process.log
         assert "Exception" not in process.log
     assert "closed elsewhere" not in worker.log

@@ -78,6 +78,7 @@ class service(Generic[R]):  # noqa: N801: reads as the decorator that it is
 Handler = Callable[[dict[str, Any], Context], AsyncGenerator[dict[str, Any], None]]
 
 UNBLOCKED_BYTES = 2**17
+SWEEP_S = 0.5
 _ENVELOPE_BYTES = 64  # Dynamo's own around a dict, and the kernel's
 
 
@@ -95,6 +96,7 @@ class Serving:
     def __init__(self, handler: Handler, connection: Connection) -> None:
         self._handler, self._connection = handler, connection
         self._loop = asyncio.get_running_loop()
+        self._sweeping: asyncio.TimerHandle | None = None
 
     async def answer(
         self, request: dict[str, Any], context: Context, response_sender: ResponseSender | None = None
@@ -102,6 +104,8 @@ class Serving:
         """What Dynamo calls. Yields nothing where there is a sender."""
         stream = self._handler(request, context)
         self._connection.num_in_flight += 1
+        if self._sweeping is None:
+            self._sweep()
         try:
             if response_sender is not None:
                 await self._push(stream, response_sender)
@@ -117,6 +121,16 @@ class Serving:
             self._connection.num_in_flight -= 1
             raise
         self._connection.num_in_flight -= 1
+
+    def _sweep(self) -> None:
+        """Close the streams that Dynamo has dropped, twice a second while requests are in flight.
+
+        Its threads drop them without the interpreter lock, so PyO3 only notes it, for whoever calls it next. In a
+        worker that has become idle nobody does, and the handler would stay suspended.
+        """
+        Context().is_stopped()
+        is_in_flight = self._connection.num_in_flight > 0
+        self._sweeping = self._loop.call_later(SWEEP_S, self._sweep) if is_in_flight else None
 
     async def _push(self, stream: AsyncGenerator[dict[str, Any], None], sender: ResponseSender) -> None:
         num_bytes = 0
