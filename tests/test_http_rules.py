@@ -4,11 +4,13 @@ import json
 import logging
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -17,6 +19,7 @@ from common.arguments import FrontendArgs, parse_frontend_args
 from common.dynamo.directories import ModelDirectory
 from common.http.app import Pipeline as HttpPipeline
 from common.http.app import create_app
+from common.observability.logs import OneLineFormatter
 from common.observability.metrics import Metrics
 from tests.frontends import frontend_beside
 from tests.load import error_of
@@ -382,3 +385,25 @@ def test_no_log_tells_what_was_said(fake_pipeline: Pipeline, tmp_path: Path) -> 
         assert statuses == [200, 200, 400, 400, 400, 400, 400, 415]
         logs = [process.log for process in (*fake_pipeline.processes, *beside.processes)]
     assert not any(secret in log for log in logs)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("breaks", ["\n", "\r", "\x1b[2K\x85\u2028"])
+def test_nothing_that_a_client_sends_begins_a_line_of_a_log(fake_pipeline: Pipeline, breaks: str) -> None:
+    forged = f"{breaks}2026-01-01T00:00:00Z INFO forged"
+    httpx.get(f"{fake_pipeline.url}/{quote('x' + forged)}")
+    body = CHAT | {"model": f"m{forged}"}
+    assert httpx.post(fake_pipeline.url + CHAT_PATH, json=body).status_code == 404
+    frontend = fake_pipeline.processes[-1]
+    wait_until(lambda: "forged" in frontend.log and f"{CHAT_PATH} 404" in frontend.log, 10, "the lines of both")
+    for process in fake_pipeline.processes:
+        assert not [line for line in process.log.splitlines() if line.startswith("2026-01-01")]
+        assert "\x1b[2K" not in process.log_path.read_text()
+
+
+def test_a_traceback_begins_no_line_that_looks_like_a_record() -> None:
+    try:
+        raise ValueError("bad\n2026-01-01T00:00:00Z INFO forged")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, __file__, 1, "failed", None, sys.exc_info())
+    assert all(line.startswith("    ") for line in OneLineFormatter().format(record).split("\n")[1:])

@@ -22,7 +22,7 @@ from common.dynamo.releases import Context
 from common.dynamo.servers import ServersMissing, is_lease_known
 from common.dynamo.service import Handler, Serving, service
 from common.environment import check_system_port, chosen_cpus, stay_on
-from common.observability.logs import log_json_lines
+from common.observability.logs import format_records
 
 __all__ = [
     "DRAIN_TIMEOUT_S",
@@ -45,7 +45,7 @@ Running = Coroutine[Any, Any, None]
 def configure_dynamo_logging() -> None:
     """The chapter's call: one logger for Python and Rust, so that all lines look the same."""
     releases.configure_dynamo_logging()
-    log_json_lines()
+    format_records()
 
 
 class DistributedRuntime(Connection):

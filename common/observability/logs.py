@@ -2,16 +2,35 @@
 
 Dynamo would make JSON of our records as well, but only of their text. Here a record about a request has its id, its
 trace and its token counts as fields, and the other keys are Dynamo's, so that one query reads all lines.
+Either way nothing that a client or a worker sent begins a line.
 """
 
+import json
 import logging
 import os
 import sys
 from datetime import UTC, datetime
-
-import orjson
+from pathlib import Path
+from typing import Any
 
 from common.environment import is_on
+
+
+def one_line(text: str) -> str:
+    """`text` with all that does not print, line breaks and terminal codes included, as Python would escape it."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+class OneLineFormatter(logging.Formatter):
+    """The text of a record in one line. Those of a traceback follow, indented, which no record's first line is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, exc_info: Any) -> str:
+        return "\n".join(f"    {one_line(line)}" for line in super().formatException(exc_info).split("\n"))
 
 
 class JsonFormatter(logging.Formatter):
@@ -28,13 +47,27 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line | getattr(record, "fields", {}), default=str).decode()
+        return json.dumps(line | getattr(record, "fields", {}), default=str, separators=(",", ":"))
 
 
-def log_json_lines() -> None:
-    """Write Python's log records as JSON lines, where DYN_LOGGING_JSONL asks for that."""
-    if not is_on("DYN_LOGGING_JSONL"):
-        return
+def format_records() -> None:
+    """Set the formats of Python's log records, where Dynamo has just set its own."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(OneLineFormatter())
+    if not is_on("DYN_SKIP_SGLANG_LOG_FORMATTING") and (config := os.environ.get("SGLANG_LOGGING_CONFIG_PATH")):
+        _format_sglang_records(Path(config))
+    if is_on("DYN_LOGGING_JSONL"):
+        _log_json_lines()
+
+
+def _format_sglang_records(config_file: Path) -> None:
+    """The same in Dynamo's file of settings for SGLang, which all of its processes read."""
+    config = json.loads(config_file.read_text())
+    config["formatters"]["simple"] = {"()": f"{__name__}.{OneLineFormatter.__name__}"}
+    config_file.write_text(json.dumps(config))
+
+
+def _log_json_lines() -> None:
     logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
