@@ -68,7 +68,7 @@ class RequestHandler:
                 data = chunk.data()
                 if (piece := choice.push(data)) is not None:
                     yield piece
-                if choice.is_finished:  # after a stop string the engine has more: leaving its stream stops it
+                if choice.is_finished and data.finish_reason is None:  # a stop string: leaving stops the engine
                     return
 
 
