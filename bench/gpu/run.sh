@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # The GPU lane on a bare H100 machine without network, in one command: `bash bench/gpu/run.sh`, from the checkout's
-# root. Expects the kit's parts in /tmp/kit, .kit/run and .kit-extra in the checkout, and writes results to $OUT.
+# root. Expects the kit's parts in /tmp/kit, and $KIT/run in the checkout, and writes results to $OUT.
 # Arguments go to `python3 -m bench gpu`. See README.md beside this file.
 set -uo pipefail
 started=$(date +%s)
 step() { echo "[$(($(date +%s) - started)) s] $*"; }
 OUT=${OUT:-bench/out}
+KIT=${KIT:-.kit}
 LIMIT_S=${LIMIT_S:-470}      # the whole command, unpacking included
 START_S=${START_S:-260}      # until all servers are up
 model=${MODEL:-/tmp/m}
 mkdir -p "$OUT"
 
 step "unpacking"
-. .kit/run/unpack.sh
-export PYTHONPATH=$PWD/.kit-extra:$PYTHONPATH:$PWD PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+. "$KIT/run/unpack.sh"
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+python3 -c "from importlib.metadata import version; print({name: version(name) for name in ('torch', 'sglang', 'ai-dynamo')})"
 nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv,noheader
-[ -f "$model/config.json" ] || python3 .kit/run/make_random_model.py "$model" .kit/run/tokenizer > "$OUT/model.log" 2>&1
+[ -f "$model/config.json" ] || python3 "$KIT/run/make_random_model.py" "$model" "$KIT/run/tokenizer" > "$OUT/model.log" 2>&1
 ls "$model" > /dev/null || { tail -5 "$OUT/model.log"; exit 1; }
 
 left=$((LIMIT_S - ($(date +%s) - started)))
