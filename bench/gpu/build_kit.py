@@ -28,8 +28,8 @@ PYTHON = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_3
 # Never used there, and large: kernels for other GPUs or other attention backends, what compiles C++, licences.
 LEFT_OUT = (
     "sgl_kernel/flash_ops*", "sgl_kernel/infllm_ops*", "sgl_kernel/sm100", "sglang/multimodal_gen",
-    "torch/include", "torch/bin", "torch/test", "torch/lib/*.a", "triton/backends/nvidia/bin/ptxas-blackwell",
-    "triton/backends/nvidia/lib/cupti/*.a", "triton/backends/amd", "nvidia/nccl/include",
+    "torch/include", "torch/bin/protoc*", "torch/test", "torch/lib/*.a", "triton/backends/nvidia/bin/ptxas-blackwell",
+    "triton/backends/nvidia/lib/cupti", "triton/backends/amd", "nvidia/nccl/include", "tilelang/3rdparty", "tilelang/src",
     "*.dist-info/sboms", "*.dist-info/licenses", "**/*THIRD-PARTY*", "**/*THIRDPARTY*",
 )  # fmt: skip
 # Stripping these breaks them, or takes long for little.
@@ -150,9 +150,11 @@ def write_entry_points(site: Path) -> None:
 
 def pack(site: Path, kit: Path) -> None:
     split = ["split", "-b", str(PART_BYTES), "-d", "-", str(kit / "part.")]
-    with subprocess.Popen(["tar", "-C", str(site), "-cf", "-", "."], stdout=subprocess.PIPE) as tar:
-        with subprocess.Popen(["xz", "-3", "-T0"], stdin=tar.stdout, stdout=subprocess.PIPE) as xz:
-            subprocess.run(split, stdin=xz.stdout, check=True)
+    with (
+        subprocess.Popen(["tar", "-C", str(site), "-cf", "-", "."], stdout=subprocess.PIPE) as tar,
+        subprocess.Popen(["xz", "-3", "-T0"], stdin=tar.stdout, stdout=subprocess.PIPE) as xz,
+    ):
+        subprocess.run(split, stdin=xz.stdout, check=True)
 
 
 if __name__ == "__main__":
