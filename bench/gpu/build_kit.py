@@ -14,7 +14,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,7 +46,6 @@ def main(tokenizer: Path, kit: Path) -> None:
         site = Path(folder) / "site"
         install(site)
         slim(site)
-        write_entry_points(site)
         pack(site, kit)
     for script in ("unpack.sh", "make_random_model.py"):
         shutil.copy(HERE / script, run)
@@ -134,19 +132,6 @@ def fatbin_entries(data: bytearray, start: int, end: int) -> Iterator[tuple[int,
         (arch,) = struct.unpack_from("<I", data, at + 28)
         yield kind, arch, at + header_size, size
         at += header_size + size
-
-
-def write_entry_points(site: Path) -> None:
-    """What an editable install would write: SGLang finds this project's plugins through it."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    groups = [
-        f"[{group}]\n" + "".join(f"{name} = {target}\n" for name, target in entries.items())
-        for group, entries in project["entry-points"].items()
-    ]
-    (info / "entry_points.txt").write_text("\n".join(groups))
 
 
 def pack(site: Path, kit: Path) -> None:

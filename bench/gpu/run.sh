@@ -14,6 +14,7 @@ mkdir -p "$OUT"
 
 step "unpacking"
 . "$KIT/run/unpack.sh"
+python3 bench/gpu/entry_points.py "$SITE"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python3 -c "from importlib.metadata import version; print({name: version(name) for name in ('torch', 'sglang', 'ai-dynamo')})"
 nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv,noheader
