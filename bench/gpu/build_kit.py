@@ -28,7 +28,7 @@ PYTHON = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_3
 LEFT_OUT = (
     "sgl_kernel/flash_ops*", "sgl_kernel/infllm_ops*", "sgl_kernel/sm100", "sglang/multimodal_gen",
     "torch/include", "torch/bin/protoc*", "torch/test", "torch/lib/*.a", "triton/backends/nvidia/bin/ptxas-blackwell",
-    "triton/backends/nvidia/lib/cupti", "triton/backends/amd", "nvidia/nccl/include",
+    "triton/backends/nvidia/lib/cupti", "nvidia/nccl/include",
     "tilelang/3rdparty", "tilelang/src",
     "*.dist-info/sboms", "*.dist-info/licenses", "**/*THIRD-PARTY*", "**/*THIRDPARTY*",
 )  # fmt: skip
