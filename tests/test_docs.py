@@ -405,7 +405,7 @@ class TestWithTheModel:
         changed = tmp_path / "processor.py"
         changed.write_text((ROOT / "processor.py").read_text())
         subprocess.run(["bash", "-c", edit], cwd=tmp_path, check=True)
-        assert '"temperature": 0.0' in changed.read_text()
+        assert changed.read_text().count('["temperature"] = 0.0') == 1
         asking = block(EXPERIMENTS, "curl -s http://localhost:8080/v1/chat/completions").command
         asking = asking.replace('"n": 3', '"n": 3, "logprobs": true, "top_logprobs": 1')
         frontend, processor, engine = pipeline.processes[:3]
@@ -437,5 +437,4 @@ class TestWithTheModel:
             running.command.split(), cwd=ROOT, capture_output=True, text=True, timeout=280, env=environ
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stderr == ""
         assert_shows(running.output, done.stdout, is_sampled=True)
