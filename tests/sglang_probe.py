@@ -75,10 +75,13 @@ def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             from common.sglang.request_seeds import supports_seed  # like SGLang itself, not before the plugins are on
 
-            resolved = server_args.resolved_dict()
-            plain = {field: value for field, value in resolved.items() if isinstance(value, str | int | float)}
-            graphs = [resolved["cuda_graph_config"][phase]["backend"] for phase in ("decode", "prefill")]
-            yield name, plain | {"graphs": graphs, "supports_seed": supports_seed(server_args)}
+            plain = {field: value for field, value in vars(server_args).items() if isinstance(value, str | int | float)}
+            graphs = server_args.cuda_graph_config
+            yield (
+                name,
+                {**plain, "graphs": [graphs.decode.backend, graphs.prefill.backend]}
+                | {"supports_seed": supports_seed(server_args)},
+            )
 
 
 def platform() -> dict[str, Any]:
@@ -105,17 +108,19 @@ def is_ours(hooks: list[Any]) -> bool:
 
 
 def gathering() -> dict[str, Any]:
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver
-    from sglang.srt.runtime_context import ParallelContext
 
     def those_of(kind: type, *names: str) -> list[str]:
         return sorted(name for name in names if hasattr(kind, name) or name in kind.__dataclass_fields__)
 
     return {
         "hooked": hasattr(SchedulerRequestReceiver._pull_raw_reqs, "__wrapped__"),
-        "receiver_has": those_of(SchedulerRequestReceiver, "get_last_batch", "recv_from_tokenizer", "recv_from_rpc"),
-        "ranks_have": those_of(ParallelContext, "pp_rank", "attn_tp_rank", "attn_cp_rank"),
+        "receiver_has": those_of(
+            SchedulerRequestReceiver, "ps", "get_last_batch", "recv_from_tokenizer", "recv_from_rpc"
+        ),
+        "ranks_have": those_of(ParallelState, "pp_rank", "attn_tp_rank", "attn_cp_rank"),
         "batch_has": those_of(ScheduleBatch, "batch_size", "forward_mode"),
     }
 

@@ -124,9 +124,10 @@ class Socket:
         return len(self.requests)
 
 
-def receiver(*, num_streams: int = 100) -> Any:
+def receiver(rank: int = 0, *, num_streams: int = 100) -> Any:
+    ranks = SimpleNamespace(pp_rank=0, attn_tp_rank=rank, attn_cp_rank=0)
     sockets = {"recv_from_tokenizer": Socket(), "recv_from_rpc": Socket()}
-    return SimpleNamespace(get_last_batch=lambda: batch(num_streams), **sockets)
+    return SimpleNamespace(ps=ranks, get_last_batch=lambda: batch(num_streams), **sockets)
 
 
 def pull(from_: Any) -> list[str]:
@@ -140,12 +141,6 @@ def pull(from_: Any) -> list[str]:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, gathering: Gathering) -> None:
     monkeypatch.setattr(gathered_prefills, "_gathering", gathering)
-    run_as_rank(0, monkeypatch)
-
-
-def run_as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = SimpleNamespace(pp_rank=0, attn_tp_rank=rank, attn_cp_rank=0)
-    monkeypatch.setattr(gathered_prefills, "_ranks", lambda: ranks)
 
 
 @pytest.mark.parametrize("name", ["recv_from_tokenizer", "recv_from_rpc"])
@@ -158,18 +153,15 @@ def test_nothing_stays_in_a_socket_for_good(clock: Clock, gathering: Gathering, 
     assert gathered_prefills.take_when_gathered(pull, reading) == ["a request"]
 
 
-def test_only_the_rank_that_reads_the_sockets_decides(
-    clock: Clock, gathering: Gathering, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_rank_that_reads_the_sockets_decides(clock: Clock, gathering: Gathering) -> None:
     interrupt(gathering, clock, 100, 0.01)
-    run_as_rank(1, monkeypatch)
-    assert gathered_prefills.take_when_gathered(lambda _: None, receiver()) is None
+    assert gathered_prefills.take_when_gathered(lambda _: None, receiver(rank=1)) is None
 
 
 def test_sglang_loads_it_and_still_has_what_it_stands_around() -> None:
     assert probe()["gathering"] == {
         "hooked": True,
-        "receiver_has": ["get_last_batch", "recv_from_rpc", "recv_from_tokenizer"],
+        "receiver_has": ["get_last_batch", "ps", "recv_from_rpc", "recv_from_tokenizer"],
         "ranks_have": ["attn_cp_rank", "attn_tp_rank", "pp_rank"],
         "batch_has": ["batch_size", "forward_mode"],
     }

@@ -65,7 +65,7 @@ def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
 
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
-    from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+    from sglang.srt.server_args_config_parser import ConfigArgumentMerger
 
     from common.sglang.cpu_platform import activate
 
@@ -81,9 +81,7 @@ def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
         _exit(f"--device {arguments.device}: PyTorch sees no such device here")
     vars(arguments).update(REQUIRED_SETTINGS)
     try:
-        server_args = ServerArgs.from_cli_args(arguments)
-        server_args.resolve_once()
-        return server_args
+        return ServerArgs.from_cli_args(arguments)
     except (ValueError, AssertionError, NotImplementedError, OSError) as error:
         _exit(str(error))
 

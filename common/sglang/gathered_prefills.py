@@ -64,7 +64,7 @@ def take_when_gathered(pull: Callable[[Any], list[Any] | None], receiver: Any) -
 
     That rank tells the others what came, so all of them see the same.
     """
-    ranks = _ranks()
+    ranks = receiver.ps
     if not ranks.pp_rank == ranks.attn_tp_rank == ranks.attn_cp_rank == 0:
         return pull(receiver)
 
@@ -76,13 +76,6 @@ def take_when_gathered(pull: Callable[[Any], list[Any] | None], receiver: Any) -
     if requests := pull(receiver):
         _gathering.taken()
     return requests
-
-
-def _ranks() -> Any:
-    """Which part of the model this scheduler runs."""
-    from sglang.srt.runtime_context import get_parallel
-
-    return get_parallel()
 
 
 def register() -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.sampling import sampling_batch_info
@@ -35,17 +34,16 @@ def register() -> None:
 
 
 def supports_seed(server_args: Any) -> bool:
-    """Say whether an engine with these arguments, which SGLang has resolved, will honour `sampling_seed`.
+    """Say whether an engine with these arguments will honour `sampling_seed`.
 
     Ask once the plugins are loaded. Speculative and diffusion decoding pick tokens
     outside the sampler.
     """
-    resolved = resolved_view(server_args)
     return (
         sampling_batch_info.SamplingBatchInfo is SeededBatchInfo
-        and resolved.sampling_backend in SAMPLING_BACKENDS
-        and resolved.speculative_algorithm is None
-        and resolved.dllm_algorithm is None
+        and server_args.sampling_backend in SAMPLING_BACKENDS
+        and server_args.speculative_algorithm is None
+        and server_args.dllm_algorithm is None
     )
 
 
@@ -86,12 +84,11 @@ class SeededSampler(Sampler):  # type: ignore[misc]
         sampling_info: SeededBatchInfo,
         positions: torch.Tensor,
         simple_sampling_case: bool,
-    ) -> tuple[torch.Tensor, Any]:
+    ) -> torch.Tensor:
         seeded = [(row, seed) for row, seed in enumerate(sampling_info.request_seeds) if seed is not None]
         if len(seeded) < len(probs):
-            token_ids, mask = super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
+            token_ids = super()._sample_from_probs(probs, sampling_info, positions, simple_sampling_case)
         else:
-            mask = None  # what `return_sampling_mask` asks for, which nobody here does
             token_ids = torch.empty(len(probs), dtype=torch.int32, device=probs.device)
         if seeded:
             rows = torch.tensor([row for row, _ in seeded], device=probs.device)
@@ -104,4 +101,4 @@ class SeededSampler(Sampler):  # type: ignore[misc]
                 )
             )
             token_ids[rows] = sample_with_seeds(probs[rows], seeds, positions[rows], is_kept).to(token_ids.dtype)
-        return token_ids, mask
+        return token_ids
