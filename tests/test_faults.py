@@ -194,7 +194,7 @@ def test_a_short_outage_fails_no_request(scripts: Pipeline, server: str) -> None
 
 @each_server
 def test_the_pipeline_lives_through_an_outage_longer_than_lease_and_patience(hasty: Pipeline, server: str) -> None:
-    assert outcomes_of_an_outage(hasty, server, 12, patience_s=HASTY_S) == {"200", "503 unavailable"}
+    assert outcomes_of_an_outage(hasty, server, 10, patience_s=HASTY_S) == {"200", "503 unavailable"}
 
 
 @pytest.mark.long
@@ -207,7 +207,7 @@ def test_the_pipeline_lives_through_a_minutes_outage(scripts: Pipeline, server: 
 @pytest.mark.parametrize("server", ["etcd", "nats"])
 def test_a_stream_in_work_outlives_an_outage(hasty: Pipeline, server: str) -> None:
     """NATS carries no answers, and etcd only says who is there, even if the outage is longer than a lease."""
-    hasty.fake_engine("--token-interval-ms", "50")
+    hasty.fake_engine("--token-interval-ms", "30")
     hasty.wait_ready()
     has_begun = threading.Event()
     with ThreadPoolExecutor(1) as thread:
@@ -215,7 +215,7 @@ def test_a_stream_in_work_outlives_an_outage(hasty: Pipeline, server: str) -> No
         assert has_begun.wait(20)
         down = getattr(hasty.infra, server)
         down.kill()
-        time.sleep(5)  # the outage itself
+        time.sleep(3.5)  # the outage itself
         down.start()
         assert not text.done()
         streamed = text.result(60)

@@ -19,9 +19,9 @@ from common.http.app import Pipeline as HttpPipeline
 from common.http.app import create_app
 from common.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, GuardedProtocol
 from common.observability.metrics import Metrics
+from tests.load import error_of
 from tests.processes import Pipeline
 from tests.raw_http import CHAT, CHAT_HEAD, chat_request, connect, read_until_closed
-from tests.test_chat_errors import error_of
 
 CHAT_PATH = "/v1/chat/completions"
 HELLO = json.dumps(CHAT | {"max_tokens": 3}).encode()

@@ -15,11 +15,12 @@ import pytest
 
 from tests.frontends import frontend_beside
 from tests.load import Asked, Load, ask, chat
-from tests.processes import SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
+from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
 from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
 
+HASTY_S = 3
 WAIT_S = 12  # the processor's patience for an engine; one of made-up tokens is up in two or three
 FIRST_TOKEN_S = 1.0
 NUM_TOKENS = 60
@@ -77,8 +78,8 @@ class Asking:
     both. All have begun; `engines` say in their logs when they work on one.
     """
 
-    def __init__(self, pipeline: Pipeline, engines: Sequence[Process], *, of_each: int = 1) -> None:
-        self.pipeline, self._engines = pipeline, engines
+    def __init__(self, pipeline: Pipeline, engines: Sequence[Process], *, of_each: int = 1, model: str = MODEL) -> None:
+        self.pipeline, self._engines, self._model = pipeline, engines, model
         self._threads = ThreadPoolExecutor(2 * of_each)
         self._has_text = [threading.Event() for _ in range(of_each)]
         self._wholes = [self._threads.submit(self._ask, None) for _ in range(of_each)]
@@ -89,7 +90,8 @@ class Asking:
 
     def _ask(self, has_text: threading.Event | None) -> Asked:
         with httpx.Client(base_url=self.pipeline.url, timeout=60) as client:
-            return ask(client, {"max_tokens": NUM_TOKENS, "stream": has_text is not None}, has_text)
+            fields = {"model": self._model, "max_tokens": NUM_TOKENS, "stream": has_text is not None}
+            return ask(client, fields, has_text)
 
     def _wait_for_running(self, number: int) -> None:
         def num_running() -> int:
@@ -184,12 +186,14 @@ def test_the_only_engine_killed_and_started_again_costs_a_request_only_time(scri
 
 def test_the_only_engine_killed_for_good_is_a_503_when_patience_ends(scripts: Pipeline) -> None:
     engine = scripts.fake_engine(*PACE)
-    scripts.wait_ready()
+    wait_for_log(scripts.processor("--served-model-name", "hasty", "--engine-wait", str(HASTY_S)))
+    scripts.wait_ready(processors=2)
     text = expected(scripts)
-    (whole,), (stream,) = in_the_middle_of_requests(Asking(scripts, [engine]), engine.kill, is_midway=True)
+    asking = Asking(scripts, [engine], model="hasty")
+    (whole,), (stream,) = in_the_middle_of_requests(asking, engine.kill, is_midway=True)
     assert whole.outcome == "503 unavailable"
     assert_broken_off(stream, text, "unavailable")
-    assert all(WAIT_S - 1 < asked.took_s < UNDISTURBED_S + WAIT_S + 1 for asked in (whole, stream))
+    assert all(HASTY_S - 1 < asked.took_s < UNDISTURBED_S + HASTY_S + 1 for asked in (whole, stream))
     engine.start()
     serves_within(scripts, STARTED_S)
 

@@ -123,14 +123,14 @@ def test_a_client_that_goes_away_stops_its_engine(paced: Pipeline, fields: dict[
 
 
 def test_a_client_that_reads_slowly_gets_everything(paced: Pipeline) -> None:
-    expected = httpx.post(f"{paced.url}/v1/chat/completions", json=CHAT | {"max_tokens": 300}, timeout=30).json()
-    with open_request(paced, receive_buffer=4096, stream=True, max_tokens=300) as slow:
+    expected = httpx.post(f"{paced.url}/v1/chat/completions", json=CHAT | {"max_tokens": 150}, timeout=30).json()
+    with open_request(paced, receive_buffer=4096, stream=True, max_tokens=150) as slow:
         received = b""
         while not received.endswith(b"0\r\n\r\n"):
             received += slow.recv(1000)
             time.sleep(0.01)
-    assert expected["usage"]["completion_tokens"] == 300
-    assert received.count(b'"delta":{"content"') > 200
+    assert expected["usage"]["completion_tokens"] == 150
+    assert received.count(b'"delta":{"content"') > 100
     assert b"data: [DONE]" in received
 
 

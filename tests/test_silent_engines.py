@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -15,21 +14,30 @@ from tests.processes import SHORT_LEASE, Infra, Pipeline, Process, running, wait
 
 pytestmark = pytest.mark.process
 
+ENGINE_WAIT_S = 2
 SILENT_S = 8  # longer than one without a lease may be
 
 
-@pytest.fixture
-def scripts(tmp_path: Path, embedded_model: str) -> Iterator[Pipeline]:
-    """Two engines that say nothing of a whole answer until it is there."""
-    infra = Infra(tmp_path / "infra")
-    pipeline = Pipeline(infra, tmp_path / "scripts", env=SHORT_LEASE)
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
+    folder = tmp_path_factory.mktemp("silent")
+    infra = Infra(folder / "infra")
+    pipeline = Pipeline(infra, folder / "scripts", env=SHORT_LEASE)
     with running(infra.start()), running(pipeline):
         pipeline.frontend()
-        pipeline.processor()
-        for _ in range(2):
-            pipeline.fake_engine("--token-interval-ms", "50", "--whole")
-        pipeline.wait_ready(engines=2)
+        pipeline.processor("--engine-wait", str(ENGINE_WAIT_S))
         yield pipeline
+
+
+@pytest.fixture
+def scripts(shared: Pipeline) -> Iterator[Pipeline]:
+    """Two engines that say nothing of a whole answer until it is there."""
+    for _ in range(2):
+        shared.fake_engine("--token-interval-ms", "50", "--whole")
+    shared.wait_ready(engines=2)
+    yield shared
+    shared.stop_all_but(2)
+    wait_until(lambda: not shared.infra.instance_keys("engine/generate"), 10, "the end of all engines")
 
 
 def busy_and_idle(pipeline: Pipeline) -> list[Process]:
@@ -50,16 +58,15 @@ def test_an_engine_that_drains_is_left_to_finish_a_silent_answer(scripts: Pipeli
 
 def test_the_calls_of_an_engine_that_hangs_go_on_elsewhere(scripts: Pipeline) -> None:
     """Its kernel still answers for it, so only its lease in etcd, and then its silence, tell."""
-    fields = {"max_tokens": 100}
+    fields = {"max_tokens": 60}
     expected = chat(scripts, **fields).json()["choices"][0]["message"]["content"]
-    chat(scripts, **fields)  # one for each engine
     has_begun = threading.Event()
     with ThreadPoolExecutor(4) as threads:
         streams = [threads.submit(streamed_text, scripts, has_begun, 60, **fields) for _ in range(2)]
         wholes = [threads.submit(chat, scripts, **fields) for _ in range(2)]
         assert has_begun.wait(20)
         hanging = scripts.processes[2]
-        wait_until(lambda: "running 2" in hanging.log.splitlines()[-1], 20, "two requests")
+        wait_until(lambda: "running 2" in hanging.log, 20, "two requests")
         os.killpg(hanging.pid, signal.SIGSTOP)
         started = time.monotonic()
         try:
@@ -72,19 +79,12 @@ def test_the_calls_of_an_engine_that_hangs_go_on_elsewhere(scripts: Pipeline) ->
     print(f"given up {given_up_s:.1f} s after it hung, all complete after {took_s:.1f} s")
 
 
-def test_an_answer_that_took_longer_than_one_waits_for_an_engine_still_goes_on_elsewhere(
-    own_infra: Infra, tmp_path: Path, embedded_model: str
-) -> None:
+def test_an_answer_that_took_longer_than_one_waits_for_an_engine_still_goes_on_elsewhere(scripts: Pipeline) -> None:
     """Whole answers say nothing until their end: all that while they were being made, and nobody was waited for."""
-    pipeline = Pipeline(own_infra, tmp_path / "scripts")
-    with running(pipeline):
-        pipeline.frontend()
-        pipeline.processor("--engine-wait", "2")
-        engines = [pipeline.fake_engine("--token-interval-ms", "50", "--whole") for _ in range(2)]
-        pipeline.wait_ready(engines=2)
-        with ThreadPoolExecutor(4) as threads:
-            answers = [threads.submit(chat, pipeline, max_tokens=120) for _ in range(4)]
-            wait_until(lambda: all("running 2" in engine.log for engine in engines), 20, "two requests on each")
-            time.sleep(4)  # longer than --engine-wait; an answer takes six seconds
-            engines[0].kill()
-            assert [answer.result(60).status_code for answer in answers] == [200] * 4
+    engines = scripts.processes[2:]
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(chat, scripts, max_tokens=80) for _ in range(4)]
+        wait_until(lambda: all("running 2" in engine.log for engine in engines), 20, "two requests on each")
+        time.sleep(ENGINE_WAIT_S + 1)  # an answer takes four
+        engines[0].kill()
+        assert [answer.result(60).status_code for answer in answers] == [200] * 4

@@ -1,5 +1,6 @@
 """Special tokens that messages spell out: plain text, and all else as it would be."""
 
+import functools
 from typing import Any
 
 from hypothesis import given
@@ -20,6 +21,7 @@ def special_tokens(tokenizer: Tokenizer) -> list[str]:
     return [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
 
 
+@functools.cache
 def without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The library's own switch, for all of a text."""
     copy = Tokenizer.from_str(tokenizer.to_str())
