@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops", "scaling"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens a request")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpu", action="store_true", help="hops: with SGLang on a GPU")
     parser.add_argument("--quick", action="store_true", help="concurrency 64 only, one round")

@@ -1,6 +1,6 @@
 """What more engines and more processors add.
 
-With slow engines (8 requests at a time, 20 ms a token) their number decides on the throughput. With instant ones the
+With slow engines (8 requests at a time, 20 ms per token) their number decides on the throughput. With instant ones the
 machine's cores do: then requests per CPU second tell what a role could do with more of them.
 """
 

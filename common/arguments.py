@@ -94,9 +94,9 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         metavar="NAME",
         help="answer requests to these host names, and to those of loopback, only (default: any; on loopback: none)",
     )
-    parser.add_argument("--no-page", action="store_true", help="serve no page at /, and tell nobody of requests' paths")
+    parser.add_argument("--no-page", action="store_true", help="serve no page at /, and ignore the header x-show-path")
     number("--max-body-bytes", int, default.max_body_bytes, "largest request body; NATS' max_payload is 1 MB by itself")
-    number("--max-concurrency", int, default.max_concurrency, "requests in work at once; more get 429")
+    number("--max-concurrency", int, default.max_concurrency, "requests in flight at once; more get 429")
     number("--request-timeout", float, default.request_timeout_s, "seconds that one answer may take; then 504")
     number("--header-timeout", float, default.header_timeout_s, "seconds that a client may take to send its headers")
     number("--body-timeout", float, default.body_timeout_s, "seconds that a client may take to send its body")

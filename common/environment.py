@@ -10,7 +10,7 @@ from pathlib import Path
 ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 """With all three of these etcd is spoken to in TLS; Dynamo ignores one or two of them."""
 
-# At "info" the runtime writes two or three lines a request. One line of ours says more, so those stay quiet.
+# At "info" the runtime writes two or three lines per request. One line of ours says more, so those stay quiet.
 _CHATTY = ("pipeline::network::egress", "pipeline::network::ingress", "component::client")
 # And at its end it says that it ends, as the last line of a script that has ended with an error.
 _INFO = ",".join(["info", "_core=warn", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])

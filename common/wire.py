@@ -7,7 +7,7 @@
     either way              {"error": {"message", "type", "param", "code"}}
 
 These are the chapter's dicts. Everything beyond them has a default, so that a worker which only knows the chapter
-still fits on every hop. `{"describe": true}` asks a worker what it serves; one that does not know the question
+still works on every hop. `{"describe": true}` asks a worker what it serves; one that does not know the question
 answers with an error and is accepted unchecked. `"show_path": true` in a request asks a worker to tell in its last
 dict how the request went; one that does not know that leaves it out.
 """
@@ -98,7 +98,7 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
     """Some new tokens, the reason for the end, or both (then the tokens come first).
 
     token_ids: new ids only, length >= 0.
-    log_probs: one a token, natural logarithm. top_logprobs: for each token its best (token id, logprob) pairs.
+    log_probs: one per token, natural logarithm. top_logprobs: for each token its best (token id, logprob) pairs.
     """
 
     token_ids: list[TokenId] = []

@@ -63,7 +63,7 @@ def ask(settings: Settings) -> dict[str, Any]:
     """Send the question with that very command, or without curl on this machine, the same bytes.
 
     Raises:
-        LaunchError: it is not a chat completion that says something.
+        LaunchError: it is not a chat completion with content.
     """
     command = curl_command(settings)
     if shutil.which("curl"):

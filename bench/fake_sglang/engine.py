@@ -9,7 +9,7 @@ What is kept of SGLang's tokenizer manager, because it decides how many items a 
 - items that a consumer has not taken yet become one: the newest with all tokens so far or, with
   `incremental_streaming_output`, the new tokens joined.
 
-FAKE_STEP_MS sets the pace (default 0.25 ms a token, which no pipeline keeps up with under load), FAKE_ITEM_US a cost
+FAKE_STEP_MS sets the pace (default 0.25 ms per token, which no pipeline keeps up with under load), FAKE_ITEM_US a cost
 in CPU time for each item (default 0).
 """
 

@@ -1,1 +1,1 @@
-"""The chapter's words on Dynamo's runtime: connections, and calls that outlive whom they call."""
+"""The chapter's words on Dynamo's runtime: connections, and calls that survive instance failure."""

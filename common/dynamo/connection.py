@@ -3,7 +3,7 @@
 When a process' lease in etcd ends (etcd was away for 10 s, or came back empty), Dynamo ends that process' runtime
 for good. A new runtime in the same process costs 20 ms, while reloading a model costs a minute: so the inner
 runtime is replaced, and `generation` tells everybody who holds something of the old one. A Dynamo that opens only
-one runtime a process leaves no such way: then the process ends and says so.
+one runtime per process leaves no such way: then the process ends and says so.
 """
 
 import asyncio

@@ -172,7 +172,7 @@ class FailoverClient(Generic[C]):
         """The chunks of one instance, until it has finished all choices.
 
         Raises:
-            InstanceFailed: it has not. Busy: it did not want to.
+            InstanceFailed: it has not. Busy: it refused the request.
         """
         call = context.record.calling(instance_id)
         num_unfinished, num_empty = request.get("n") or 1, 0
@@ -182,7 +182,7 @@ class FailoverClient(Generic[C]):
                     chunk = self._read(item.data(), call)
                     num_empty = 0 if chunk.has_content or chunk.finish_reason else num_empty + 1
                     if num_empty > MAX_EMPTY_CHUNKS:
-                        raise BadUpstream(f"An instance of {self._client} says nothing, again and again.")
+                        raise BadUpstream(f"An instance of {self._client} sends nothing but empty chunks.")
                     yield chunk
                     num_unfinished -= chunk.finish_reason is not None
                     if not num_unfinished:

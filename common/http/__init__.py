@@ -1,1 +1,1 @@
-"""The HTTP side of the frontend: serving, admission, limits, the page."""
+"""The HTTP side of the frontend: serving, admission, limits, one exchange."""

@@ -95,31 +95,31 @@ class ApiKeys:
 class ConcurrencyLimit:
     """Answers 429 to chat requests above the limit. A stream counts until its last byte is sent.
 
-    A request counts from the end of its body: clients that send theirs slowly take no place from others.
+    A request counts from the end of its body: clients that send theirs slowly do not use up the limit.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
         self._limit = limit
-        self._num_in_work = 0
+        self._num_in_flight = 0
 
     def _refuse_above_limit(self) -> None:
-        if self._num_in_work >= self._limit:
-            raise Overloaded(f"{self._limit} requests are in work, which is the limit. Try again.")
+        if self._num_in_flight >= self._limit:
+            raise Overloaded(f"{self._limit} requests are in flight, which is the limit. Try again.")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != CHAT_PATH:
             await self._app(scope, receive, send)
             return
-        is_in_work = False
+        is_in_flight = False
 
         async def receive_and_count() -> Message:
-            nonlocal is_in_work
+            nonlocal is_in_flight
             message = await receive()
-            if not is_in_work and message["type"] == "http.request" and not message.get("more_body", False):
+            if not is_in_flight and message["type"] == "http.request" and not message.get("more_body", False):
                 self._refuse_above_limit()
-                self._num_in_work += 1
-                is_in_work = True
+                self._num_in_flight += 1
+                is_in_flight = True
             return message
 
         try:
@@ -130,11 +130,11 @@ class ConcurrencyLimit:
         try:
             await self._app(scope, receive_and_count, send)
         finally:
-            self._num_in_work -= is_in_work
+            self._num_in_flight -= is_in_flight
 
 
 class RequestId:
-    """Puts the id into `scope["state"]["request_id"]` and the answer's headers, and logs a line a request."""
+    """Puts the id into `scope["state"]["request_id"]` and the answer's headers, and logs one line per request."""
 
     def __init__(self, app: ASGIApp, records: RequestRecords, *, is_path_shown: bool) -> None:
         self._app = app

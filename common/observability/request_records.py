@@ -77,9 +77,9 @@ class RequestRecord:
     """A context manager around the answering of one request.
 
     model: the name asked for. num_prompt_tokens, num_completion_tokens: so far. is_streamed: whether the times of
-    single tokens say something. time_to_first_token_s: from arrival, None where there was none, or no stream.
+    single tokens mean anything. time_to_first_token_s: from arrival, None where there was none, or no stream.
     path: where the request went, for those who ask to see it.
-    outcome: "ok", "cancelled" or an error's code; an exception that ends the block says it, too.
+    outcome: "ok", "cancelled" or an error's code; an exception that ends the block sets it, too.
     """
 
     def __init__(self, metrics: Metrics, logger: logging.Logger, span: RequestSpan, envelope: Envelope) -> None:

@@ -1,7 +1,7 @@
 """How often a stream sends something.
 
 Every item costs each of the three processes about as much as ten tokens do, so a busy engine puts several tokens
-into one. It is paced by time: a few streams get every token as it is made; more of them share a budget of items a
+into one. It is paced by time: a few streams get every token as it is made; more of them share a budget of items per
 second, as long as none waits longer than MAX_GAP_S for its next one; and beyond what the processes can carry at all,
 the gaps grow. The first token always comes at once.
 """
@@ -74,7 +74,7 @@ class StreamPace:
                     self._measure(now - last_s, len(output["output_ids"]) - num_tokens)
                 last_s, num_tokens = now, len(output["output_ids"])
                 yield output
-                # Half the gap: SGLang does the pacing by its own interval, which is chosen once a stream.
+                # Half the gap: SGLang does the pacing by its own interval, which is chosen once per stream.
                 if (
                     output["meta_info"]["finish_reason"] is None
                     and (wait_s := self.gap_s / 2 - (clock() - now)) > 0.001

@@ -16,13 +16,6 @@ bytes is read from its decoder, never from a model's name:
 - ByteLevel (GPT-2, Llama 3, Qwen, SmolLM2): every character of a token stands for one byte.
 - ByteFallback (Llama 2, Mistral, Gemma): "<0xE2>" is one byte, any other token is text, "▁" being a space.
 - Any other decoder: a token is the text that the decoder itself adds for it in the middle of a text.
-
-A token is a piece of a byte string, not of a text: one emoji may be four tokens. How a tokenizer turns tokens into
-bytes is read from its decoder, never from a model's name:
-
-- ByteLevel (GPT-2, Llama 3, Qwen, SmolLM2): every character of a token stands for one byte.
-- ByteFallback (Llama 2, Mistral, Gemma): "<0xE2>" is one byte, any other token is text, "▁" being a space.
-- Any other decoder: a token is the text that the decoder itself adds for it in the middle of a text.
 """
 
 import codecs
