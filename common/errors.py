@@ -121,6 +121,9 @@ class InternalError(PipelineError):
 
     status, code = 500, "internal_error"
 
+    def __init__(self, message: str = "The server had an error while processing your request.", **kwargs: Any) -> None:
+        super().__init__(message, **kwargs)
+
 
 class BadUpstream(PipelineError):
     """A worker broke in the middle of its answer, or answered nonsense."""

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from common.dynamo.directories import Descriptions
+from common.dynamo.directories import Descriptions, EngineDirectory
 from common.dynamo.runtime import Client
 from common.wire import EngineDescription, to_wire
 
@@ -88,3 +88,33 @@ def test_one_that_does_not_know_the_question_is_known_as_such() -> None:
         assert instance.num_asked == 1
 
     asyncio.run(scenario())
+
+
+class Engines:
+    """Engines of another model, which all say so."""
+
+    def __init__(self) -> None:
+        self.ids = [1]
+
+    async def instance_ids(self) -> list[int]:
+        return self.ids
+
+    async def ask(self, question: dict[str, Any], instance_id: int) -> dict[str, Any]:
+        return to_wire(DESCRIPTION)
+
+
+def test_an_engine_of_another_model_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        engines = Engines()
+        directory = EngineDirectory(cast("Client", engines), EngineDescription("ours", 100, vocab_size=20))
+        for ids in ([1], [1, 2], [1]):
+            engines.ids = ids
+            assert await directory.eligible({}) == set()
+            async with asyncio.timeout(PATIENCE_S):
+                while not all(f"engine {each} gets no requests" in caplog.text for each in ids):
+                    assert await directory.eligible({}) == set()
+                    await asyncio.sleep(0.001)
+
+    asyncio.run(scenario())
+    assert caplog.text.count("engine 1 gets no requests") == 1
+    assert caplog.text.count("engine 2 gets no requests") == 1

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadUpstream
-from common.observability.request_records import HEADER, RequestPath
+from common.observability.request_records import SHOW_PATH_HEADER, RequestPath
 from common.page.live_page import PAGE, page_headers
 from common.wire import EngineChunk, Envelope, read_engine_chunk, read_processor_chunk, to_wire
 from tests.contexts import request_context
@@ -22,7 +22,7 @@ from tests.streams import ask_stream
 
 CHAT_PATH = "/v1/chat/completions"
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
-SHOW = {HEADER: "1"}
+SHOW = {SHOW_PATH_HEADER: "1"}
 NAMES = st.sampled_from(["path", "first_us", "last_us", "calls", "instance", "called_us", "is_broken", "stage"])
 NEARLY_STAGES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("ff"),
@@ -185,7 +185,7 @@ class TestAPathOnTheWay:
         assert len(path["calls"][0]["stage"]["calls"]) == 3
 
     def test_nobody_else_gets_it(self, fake_client: httpx.Client) -> None:
-        for headers in ({}, {HEADER: "0"}, {HEADER: "true"}):
+        for headers in ({}, {SHOW_PATH_HEADER: "0"}, {SHOW_PATH_HEADER: "true"}):
             assert "path" not in fake_client.post(CHAT_PATH, json=CHAT, headers=headers).json()
             assert not any("path" in event for event in ask_stream(fake_client, CHAT, **headers).events)
 

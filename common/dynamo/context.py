@@ -1,9 +1,9 @@
 """What goes along with a request: the record of it in this process, and whether anybody still waits for the answer.
 
-Cancellation crosses processes: whoever stops waiting for an answer stops whoever makes it. Dynamo can
-wake a coroutine when a context is stopped, but each such wait costs a task on its side and a hand-over of the
-interpreter lock, for every request, though hardly any is ever cancelled. Looking at all contexts in turn, twenty times
-a second, costs next to nothing.
+Cancellation crosses processes: whoever stops waiting for an answer stops whoever makes it. Dynamo can wake a coroutine
+when a context is stopped, but each such wait costs a task on its side and a hand-over of the interpreter lock, for
+every request, though hardly any is ever cancelled. Looking at all contexts in turn, twenty times a second, costs next
+to nothing.
 """
 
 import asyncio

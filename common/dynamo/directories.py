@@ -151,8 +151,8 @@ class EngineDirectory:
         if known.keys() == self._is_compatible.keys():
             return
         self._is_compatible = {
-            instance_id: self._is_compatible.get(instance_id) or self._check(instance_id, description)
-            for instance_id, description in known.items()
+            each: self._is_compatible[each] if each in self._is_compatible else self._check(each, description)
+            for each, description in known.items()
         }
         compatible_engines = [known[each] for each, is_compatible in self._is_compatible.items() if is_compatible]
         self._limits = ContextLimits.of([self._ours, *(engine for engine in compatible_engines if engine is not None)])

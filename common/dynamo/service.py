@@ -72,7 +72,7 @@ class service(Generic[R]):  # noqa: N801: reads as the decorator that it is
             yield error.to_wire()
         except Exception:
             logger.exception("%s failed", self._handler.__qualname__)
-            yield InternalError("The server had an error while processing your request.").to_wire()
+            yield InternalError().to_wire()
 
 
 Handler = Callable[[dict[str, Any], Context], AsyncGenerator[dict[str, Any], None]]

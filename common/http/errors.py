@@ -64,7 +64,7 @@ class CatchAll:
             if is_started:
                 raise  # the server logs it, and breaks the connection off
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            error = InternalError("The server had an error while processing your request.")
+            error = InternalError()
             await error_response(scope, error)(scope, receive, send)
 
 

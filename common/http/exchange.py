@@ -120,10 +120,10 @@ class EventStream(EventSourceResponse):
 
         async def ping() -> None:
             while True:
-                silent_s = loop.time() - last_sent_at
-                if silent_s >= PING_INTERVAL_S:
+                if (rest_s := last_sent_at + PING_INTERVAL_S - loop.time()) > 0:
+                    await asyncio.sleep(rest_s)
+                else:
                     await send_and_note({"type": "http.response.body", "body": KEEPALIVE_COMMENT, "more_body": True})
-                await asyncio.sleep(max(PING_INTERVAL_S - silent_s, 1.0))
 
         pinging = asyncio.create_task(ping())
         try:
@@ -143,6 +143,6 @@ async def _with_error(
     except Exception as error:
         if not isinstance(error, PipelineError):
             logger.exception("a stream broke")
-            error = InternalError("The server had an error while processing your request.")
+            error = InternalError()
         record.outcome = error.outcome
         yield sse(error.to_wire())

@@ -17,8 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import InvalidApiKey, InvalidRequest, MisdirectedRequest, Overloaded, PipelineError
 from common.http.errors import error_response
-from common.observability.request_records import HEADER as SHOW_PATH_HEADER
-from common.observability.request_records import RequestRecords
+from common.observability.request_records import SHOW_PATH_HEADER, RequestRecords
 from common.wire import Envelope
 
 logger = logging.getLogger("frontend")

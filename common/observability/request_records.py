@@ -22,7 +22,7 @@ from common.observability.tracing import RequestSpan, tracer_for
 from common.openai.request import ChatCompletionRequest
 from common.wire import CallTrace, EngineChunk, EngineRequest, Envelope, HopTrace, ProcessorChunk
 
-HEADER = "x-show-path"
+SHOW_PATH_HEADER = "x-show-path"
 
 
 class RequestPath:

@@ -119,6 +119,7 @@ class _Answer:
         self.num_choices = request.n
         self.record = record
         self.usage: Usage | None = None  # known with the last chunk
+        self._unfinished = set(range(request.n))
         self._num_characters = 0
 
     def check(self, chunk: ProcessorChunk) -> None:
@@ -131,6 +132,16 @@ class _Answer:
         if self._num_characters > MAX_ANSWER_CHARACTERS:
             raise BadUpstream("The processor's answer does not end.")
         self.usage = chunk.usage or self.usage
+        if chunk.finish_reason is not None:
+            self._unfinished.discard(chunk.index)
+
+    def finish(self) -> None:
+        """Raises:
+        BadUpstream: the processor ended before it had finished every choice.
+        """
+        if self._unfinished:
+            raise BadUpstream("The processor left a choice unfinished.")
+        self.record.finish()
 
     @property
     def path(self) -> Path | UnsetType:
@@ -146,6 +157,7 @@ class Answer(_Answer):
 
     def restart(self) -> None:
         """Forget everything that was added."""
+        self._unfinished = set(range(self.num_choices))
         self._chunks = [ProcessorChunk(index=index) for index in range(self.num_choices)]
 
     def add(self, chunk: ProcessorChunk) -> None:
@@ -157,15 +169,16 @@ class Answer(_Answer):
             so_far.logprobs = (so_far.logprobs or []) + chunk.logprobs
 
     def to_json(self) -> bytes:
-        self.record.finish()
+        self.finish()
         choices = [
             Choice(
                 index=chunk.index,
                 message=Message(content=chunk.content),
                 logprobs=_logprobs(chunk.logprobs),
-                finish_reason=chunk.finish_reason or "stop",
+                finish_reason=chunk.finish_reason,
             )
             for chunk in self._chunks
+            if chunk.finish_reason is not None  # they all have one
         ]
         return msgspec.json.encode(ChatCompletion(**self.head, choices=choices, usage=self.usage, path=self.path))
 
@@ -202,7 +215,7 @@ class AnswerStream(_Answer):
         return events
 
     def end(self) -> bytes:
-        self.record.finish()
+        self.finish()
         path = self.path
         if not self._usage_field and path is UNSET:
             return DONE

@@ -1,0 +1,45 @@
+"""OpenAI's answers, made of a processor's chunks."""
+
+import pytest
+
+from common.errors import BadUpstream
+from common.openai.request import ChatCompletionRequest, parse_chat_request
+from common.openai.responses import Answer, AnswerStream
+from common.wire import ProcessorChunk
+from tests.contexts import request_context
+
+
+def two_choices() -> ChatCompletionRequest:
+    return parse_chat_request({"model": "m", "messages": [{"role": "user", "content": "Hi"}], "n": 2})
+
+
+def chunks(*indices: int) -> list[ProcessorChunk]:
+    return [ProcessorChunk(index=index, content="a", finish_reason="length") for index in indices]
+
+
+def test_each_choice_has_the_reason_for_its_end() -> None:
+    answer = Answer(two_choices(), request_context("frontend").record)
+    for chunk in chunks(1, 0):
+        answer.add(chunk)
+    assert answer.to_json().count(b'"finish_reason":"length"') == 2
+
+
+def test_a_choice_without_an_end_is_an_error_and_never_a_stop() -> None:
+    record = request_context("frontend").record
+    answer, stream = Answer(two_choices(), record), AnswerStream(two_choices(), record)
+    for chunk in chunks(0, 0):  # as many ends as choices, and one of them has none
+        answer.add(chunk)
+        stream.events(chunk)
+    for end in (answer.to_json, stream.end):
+        with pytest.raises(BadUpstream, match="left a choice unfinished"):
+            end()
+    assert record.outcome == "cancelled"
+
+
+def test_an_answer_that_begins_anew_has_to_be_finished_anew() -> None:
+    answer = Answer(two_choices(), request_context("frontend").record)
+    for chunk in chunks(0, 1):
+        answer.add(chunk)
+    answer.restart()
+    with pytest.raises(BadUpstream):
+        answer.to_json()
