@@ -53,7 +53,7 @@ class RequestHandler:
         async with aclosing(merged(answers)) as chunks:
             async for chunk in chunks:
                 num_unfinished -= chunk.finish_reason is not None
-                if not num_unfinished:  # the last chunk of all
+                if not num_unfinished or request.is_usage_continuous:  # the last chunk of all, or each
                     num_tokens = sum(choice.num_tokens for choice in choices)
                     chunk.usage = Usage(len(token_ids), num_tokens, len(token_ids) + num_tokens)
                 yield chunk

@@ -30,7 +30,7 @@ def engine_request(
     return EngineRequest(
         token_ids=token_ids,
         sampling_options=SamplingOptions(**sampling, seed=seed, logit_bias=chat.logit_bias or None),
-        stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=chat.ignore_eos),
+        stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=chat.is_eos_ignored),
         # A stop string has to be seen when it appears, so the engine may not keep the answer to itself.
         output_options=OutputOptions(stream=chat.stream or bool(chat.stop_strings), logprobs=chat.num_top_logprobs),
     )

@@ -5,6 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
+from common.openai.request import parse_chat_request
+from common.sampling import engine_request
 from tests.load import error_of
 from tests.processes import MODEL, Infra, Pipeline, accepts, wait_until
 
@@ -41,7 +43,13 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"modalities": ["text", "audio"]}, "modalities"),
-    ({"store": True}, "store"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio"),
+    ({"tool_choice": "required", "parallel_tool_calls": 1, "tools": [{"type": "function"}]}, "tools"),
+    ({"function_call": {"name": "f"}, "functions": [{"name": "f"}]}, "functions"),
+    ({"nvext": {"ignore_eos": True, "annotations": []}}, "nvext.annotations"),
+    ({"nvext": {"ignore_eos": "yes"}}, "nvext.ignore_eos"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
     ({"frequency_penalty": -3}, "frequency_penalty"),
     ({"seed": 2**63}, "seed"),
     ({"seed": -(2**63) - 1}, "seed"),
@@ -74,7 +82,9 @@ def test_a_bad_field_is_a_400_that_names_it(
         {"modalities": ["text"]},
         {"tools": []},
         {"response_format": {"type": "text"}},
-        {"store": False},
+        {"store": True, "verbosity": "low", "reasoning_effort": "minimal", "prompt_cache_options": {"ttl": "1h"}},
+        {"prediction": {"type": "content", "content": "4"}},
+        {"nvext": {"ignore_eos": True}},
         {"service_tier": "auto"},
         {"prompt_cache_key": "k"},
         {"safety_identifier": "x"},
@@ -87,6 +97,18 @@ def test_a_bad_field_is_a_400_that_names_it(
             "messages": [
                 *MESSAGES,
                 {"role": "assistant", "content": "Hi", "refusal": None, "annotations": []},
+                *MESSAGES,
+            ]
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "name": "anybody",
+                    "content": [{"type": "text", "text": "Hello!", "cache_control": {}}],
+                },
+                {"role": "assistant", "content": "Hi", "id": "msg-1", "reasoning_content": "Hm.", "cache_control": {}},
+                {"role": "assistant", "refusal": "No.", "name": "someone"},
                 *MESSAGES,
             ]
         },
@@ -175,6 +197,22 @@ def test_an_error_repeats_little_of_what_was_sent(fake_client: httpx.Client, bod
     assert response.status_code in (400, 404)
     assert len(error_of(response, response.status_code)["message"]) <= 403
     assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/responses", "/v1/responses/", "/chat/completions"])
+def test_a_404_of_another_api_names_what_to_use_instead(fake_client: httpx.Client, path: str) -> None:
+    error = error_of(fake_client.post(path, json={"model": MODEL}), 404)
+    assert error["message"].startswith(f"There is nothing at {path}. ")
+    assert "/v1/chat/completions" in error["message"].removeprefix(f"There is nothing at {path}")
+
+
+def test_embeddings_are_to_be_had_elsewhere(fake_client: httpx.Client) -> None:
+    assert "embedding model" in error_of(fake_client.post("/v1/embeddings", json={}), 404)["message"]
+
+
+def test_nvext_generates_past_the_end_of_the_sequence() -> None:
+    chat = parse_chat_request({"model": "m", "messages": MESSAGES, "nvext": {"ignore_eos": True}})
+    assert engine_request(chat, [1], 0, 8, {}).stop_conditions.ignore_eos
 
 
 def test_wrong_paths_and_methods_have_the_same_envelope(fake_client: httpx.Client) -> None:

@@ -104,6 +104,19 @@ def test_usage_comes_once_and_only_when_asked_for(client: httpx.Client) -> None:
         assert not any("usage" in event for event in ask_stream(client, body | options).events)
 
 
+def test_continuous_usage_counts_up_to_the_last_one(client: httpx.Client) -> None:
+    body = said("one two three " * 20, n=2)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = ask_stream(client, body | {"stream_options": options})
+    counts = [event["usage"]["completion_tokens"] for event in stream.events]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 4, "not while it goes on"
+    assert stream.events[-1]["choices"] == []
+    assert stream.usage == stream.events[-2]["usage"] == ask(client, body)["usage"]
+    alone = ask_stream(client, body | {"stream_options": options | {"include_usage": False}})
+    assert not any("usage" in event for event in alone.events)
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_each_choice_has_the_text_of_its_index(client: httpx.Client, tokenizer: Tokenizer, seed: int) -> None:
     text = "zero one two three four five six seven eight nine"

@@ -11,6 +11,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFound, PipelineError
 
+# What clients try first, and what there is instead.
+_INSTEAD = {
+    "/v1/completions": "Send `messages` to /v1/chat/completions: there is chat only.",
+    "/v1/responses": "Use /v1/chat/completions: clients that prefer the Responses API have a setting for it.",
+    "/v1/embeddings": "There are no embeddings here: ask a server that runs an embedding model.",
+    "/chat/completions": "It is at /v1/chat/completions: end your client's base URL with /v1.",
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +41,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return error_response(request.scope, NotFound(f"There is nothing at {request.url.path}."), headers)
+        path = request.url.path
+        message = f"There is nothing at {path}. {_INSTEAD.get(path.rstrip('/'), '')}".rstrip()
+        return error_response(request.scope, NotFound(message), headers)
     if error.status_code == 405:
         return error_response(request.scope, MethodNotAllowed(f"{request.method} is not allowed here."), headers)
     return error_response(request.scope, InvalidRequest(str(error.detail)), headers)

@@ -11,11 +11,12 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from common.errors import InvalidRequest
 from common.openai.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
 
-# Fields of an answer's message, for clients that send it back.
-_NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],)}
+# Fields of an answer's message, for clients that send it back, and what they mark for a cache.
+_NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],), "id": IGNORED, "cache_control": IGNORED}
 
 
 class TextPart(StrictModel):
+    no_ops: ClassVar = {"cache_control": IGNORED}
     type: Literal["text"]
     text: str
 
@@ -56,6 +57,7 @@ class AssistantMessage(_Message):
     role: Literal["assistant"]
     content: Content | None = None
     refusal: str | None = None
+    reasoning_content: str | None = Field(None, description="For chat templates that take it.")
     tool_calls: list[ToolCall] | None = None
 
     @model_validator(mode="after")
@@ -87,12 +89,18 @@ NO_OPS: dict[str, Any] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
-    "store": (False,),
+    "store": IGNORED,
+    "verbosity": IGNORED,
+    "prediction": IGNORED,
+    "reasoning_effort": IGNORED,
     "service_tier": IGNORED,
     "prompt_cache_key": IGNORED,
+    "prompt_cache_options": IGNORED,
     "prompt_cache_retention": IGNORED,
     "safety_identifier": IGNORED,
 }
+# Each belongs to another field: where both are refused, it is not the cause.
+_DEPENDENT = ("tool_choice", "parallel_tool_calls", "function_call")
 _TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
 
 
@@ -109,7 +117,14 @@ Stop = Annotated[
 
 class StreamOptions(StrictModel):
     include_usage: bool = False
+    continuous_usage_stats: bool = Field(False, description="With include_usage: the usage so far, in every chunk.")
     include_obfuscation: bool = False
+
+
+class DynamoExtension(StrictModel):
+    """The part of Dynamo's `nvext` that its own benchmark script sends."""
+
+    ignore_eos: bool = False
 
 
 class ChatCompletionRequest(StrictModel):
@@ -137,6 +152,7 @@ class ChatCompletionRequest(StrictModel):
     logit_bias: LogitBias | None = Field(None, description="By token id; one that the model does not have is a 400.")
     stop: Stop | None = None
     ignore_eos: bool = False
+    nvext: DynamoExtension | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -166,6 +182,10 @@ class ChatCompletionRequest(StrictModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def is_eos_ignored(self) -> bool:
+        return self.ignore_eos or (self.nvext is not None and self.nvext.ignore_eos)
+
+    @property
     def num_tokens_asked(self) -> int | None:
         """The client's own limit for the answer, in tokens."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -179,6 +199,11 @@ class ChatCompletionRequest(StrictModel):
     def is_usage_wanted(self) -> bool:
         """Whether a stream ends with a chunk that carries the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def is_usage_continuous(self) -> bool:
+        """Whether every chunk of a stream carries the usage so far."""
+        return self.stream_options is not None and self.is_usage_wanted and self.stream_options.continuous_usage_stats
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -205,7 +230,8 @@ def parse_chat_request(data: Any) -> ChatCompletionRequest:
         request._as_sent = data
         return request
     except ValidationError as invalid:
-        error = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
+        errors = invalid.errors(include_url=False, include_context=False, include_input=False)
+    error = min(errors, key=lambda error: error["loc"][:1] in [(name,) for name in _DEPENDENT])
     param = _path(error["loc"])
     if error["type"] == "extra_forbidden":
         raise InvalidRequest(f"Unrecognized or unsupported argument: {param}.", param=param)

@@ -186,16 +186,18 @@ class Answer(_Answer):
 class AnswerStream(_Answer):
     """Turns the chunks of one request into events. With usage, every event has that field, and one more carries it.
 
-    That one carries the path, too, where one is asked for.
+    continuous usage: so do all others, for what is generated so far. The last one carries the path, too, where one is
+    asked for.
     """
 
     def __init__(self, request: ChatCompletionRequest, record: RequestRecord) -> None:
         super().__init__(request, record)
-        self._usage_field: dict[str, Any] = {"usage": None} if request.is_usage_wanted else {}
+        self._is_usage_wanted, self._is_usage_continuous = request.is_usage_wanted, request.is_usage_continuous
         self._started: set[int] = set()
 
     def _event(self, choice: ChunkChoice) -> bytes:
-        return sse(ChatCompletionChunk(**self.head, choices=[choice], **self._usage_field))
+        usage = self.usage if self._is_usage_continuous else None
+        return sse(ChatCompletionChunk(**self.head, choices=[choice], usage=usage if self._is_usage_wanted else UNSET))
 
     def events(self, chunk: ProcessorChunk) -> bytes:
         """The events for a chunk: the role first, an empty delta with the finish_reason last."""
@@ -217,9 +219,9 @@ class AnswerStream(_Answer):
     def end(self) -> bytes:
         self.finish()
         path = self.path
-        if not self._usage_field and path is UNSET:
+        if not self._is_usage_wanted and path is UNSET:
             return DONE
-        usage = self.usage if self._usage_field else UNSET
+        usage = self.usage if self._is_usage_wanted else UNSET
         return sse(ChatCompletionChunk(**self.head, choices=[], usage=usage, path=path)) + DONE
 
 
