@@ -211,6 +211,7 @@ def test_an_abandoned_request_leaves_the_batch_within_a_second(watched: Pipeline
     engine = watched.processes[2]
     num_cancelled = outcomes(engine).count("cancelled")
     with open_request(watched, **LONG, stream=True):
+        wait_for_batch(engine, 1, 60)  # of two that arrive in one step, the second would find the queue full
         with open_request(watched, **LONG, stream=stream):
             wait_for_batch(engine, 2, 60)
             step_s = seconds_a_step(engine)
