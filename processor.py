@@ -20,6 +20,7 @@ from common.dynamo.service import RequestContext, service
 from common.openai.request import ChatCompletionRequest
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.choice import Choice, merged
+from common.text.grammar_check import check_grammar
 from common.wire import ENGINE_ANSWERS, EngineChunk, ProcessorChunk, ProcessorDescription, Usage
 
 
@@ -43,6 +44,9 @@ class RequestHandler:
         """Yields text as it becomes final; the last chunk has the finish_reason and the usage."""
         self.description.check(request.model)
         self.tokenizer.check(request)
+        if request.answer_schema is not None:
+            await check_grammar(request.answer_schema, request.answer_schema_param)
+            await self.engines.check_constraining("response_format")
         limits = await self.engines.limits()
         token_ids = await self.tokenizer.encode_chat(request.messages, limits)
         context.record.num_prompt_tokens = len(token_ids)
@@ -62,7 +66,9 @@ class RequestHandler:
         self, token_ids: list[int], choice: Choice, context: RequestContext
     ) -> AsyncGenerator[ProcessorChunk, None]:
         """One of the `n` answers: an engine call of its own, and the text that comes of it."""
-        response_stream = await self.engine_client.generate(choice.engine_request(token_ids), context=context)
+        response_stream = await self.engine_client.generate(
+            choice.engine_request(token_ids), context=context, on_restart=choice.on_restart
+        )
         async with aclosing(response_stream):
             async for chunk in response_stream:
                 data = chunk.data()

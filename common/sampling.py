@@ -29,7 +29,9 @@ def engine_request(
     seed = None if chat.seed is None else chat.seed + index
     return EngineRequest(
         token_ids=token_ids,
-        sampling_options=SamplingOptions(**sampling, seed=seed, logit_bias=chat.logit_bias or None),
+        sampling_options=SamplingOptions(
+            **sampling, seed=seed, logit_bias=chat.logit_bias or None, json_schema=chat.answer_schema
+        ),
         stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=chat.is_eos_ignored),
         # A stop string has to be seen when it appears, so the engine may not keep the answer to itself.
         output_options=OutputOptions(stream=chat.stream or bool(chat.stop_strings), logprobs=chat.num_top_logprobs),
@@ -47,6 +49,7 @@ def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
         "ignore_eos": stop.ignore_eos or None,
         "logit_bias": options.logit_bias,
         "sampling_seed": options.seed,
+        "json_schema": options.json_schema,
     }
     return {name: value for name, value in params.items() if value is not None}
 

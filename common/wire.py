@@ -31,7 +31,10 @@ MAX_CALLS = 1024  # of one worker for one request, all choices and attempts coun
 
 
 class SamplingOptions(msgspec.Struct, omit_defaults=True):
-    """How to choose a token. None means the engine's own default."""
+    """How to choose a token. None means the engine's own default.
+
+    json_schema: the text of a schema. The answer is JSON that it describes, unless `max_tokens` cuts it off.
+    """
 
     temperature: float | None = None
     top_p: float | None = None
@@ -42,6 +45,7 @@ class SamplingOptions(msgspec.Struct, omit_defaults=True):
     repetition_penalty: float | None = None
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
+    json_schema: str | None = None
 
 
 class StopConditions(msgspec.Struct, omit_defaults=True):
@@ -66,6 +70,11 @@ class EngineRequest(msgspec.Struct, omit_defaults=True):
     sampling_options: SamplingOptions = msgspec.field(default_factory=SamplingOptions)
     stop_conditions: StopConditions = msgspec.field(default_factory=StopConditions)
     output_options: OutputOptions = msgspec.field(default_factory=OutputOptions)
+
+
+def is_constrained(request: dict[str, Any]) -> bool:
+    """Whether an engine request has a grammar."""
+    return request.get("sampling_options", {}).get("json_schema") is not None
 
 
 class CallTrace(msgspec.Struct, omit_defaults=True):
@@ -117,7 +126,8 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together.
 
     vocab_size: rows of the model's embedding. tokenizer_sha256: see `tokenizer_identity`; "" where it is not known.
-    max_input_tokens: the longest prompt that it takes; None: all that leave room for a token.
+    max_input_tokens: the longest prompt that it takes; None: all that leave room for a token. can_constrain: whether it
+    takes a `json_schema`.
     """
 
     model: str
@@ -126,6 +136,7 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     is_seed_supported: bool = False
     tokenizer_sha256: str = ""
     max_input_tokens: int | None = None
+    can_constrain: bool = False
 
 
 class Usage(msgspec.Struct):
@@ -265,7 +276,14 @@ def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> 
 
     SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
     have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
+
+    Raises:
+        BadUpstream: the request has a grammar, which would begin anew in the middle of the answer.
     """
+    if is_constrained(request):
+        raise BadUpstream(
+            "An engine broke in the middle of an answer that holds to a schema: those cannot go on elsewhere."
+        )
     token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
     stop = request.get("stop_conditions", {})
     if (max_tokens := stop.get("max_tokens")) is not None:

@@ -67,6 +67,7 @@ class FakeEngine:
             vocab_size=args.vocab_size,
             is_seed_supported=True,
             tokenizer_sha256=args.tokenizer_sha256,
+            can_constrain=args.can_constrain,
         )
 
     async def generate(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
@@ -142,6 +143,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context-length", type=int, default=8192)
     parser.add_argument("--vocab-size", type=int, default=49152)
     parser.add_argument("--tokenizer-sha256", default="")
+    parser.add_argument("--can-constrain", action="store_true", help="say that it has grammars, and ignore them")
     parser.add_argument("--plain", action="store_true", help="know no more than the chapter")
     return parser.parse_args()
 

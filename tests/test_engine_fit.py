@@ -114,6 +114,21 @@ def test_the_context_of_an_engine_that_does_not_fit_does_not_count(scripts: Pipe
     assert [chat(scripts, max_tokens=200).status_code for _ in range(4)] == [200] * 4
 
 
+def test_requests_with_a_grammar_go_to_the_engines_that_have_grammars(scripts: Pipeline) -> None:
+    """One that knows only the chapter has none."""
+    start(scripts)
+    plain = start(scripts, "--plain", engines=2)
+    refused = chat(scripts, response_format={"type": "json_object"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format"
+    assert refused.json()["error"]["message"].endswith("no engine of this model has grammars.")
+    able = start(scripts, "--can-constrain", engines=3)
+    assert [chat(scripts, response_format={"type": "json_object"}).status_code for _ in range(6)] == [200] * 6
+    assert num_requests(able) == 6
+    assert [chat(scripts).status_code for _ in range(6)] == [200] * 6
+    assert num_requests(plain) > 0
+
+
 def test_the_real_engine_script_describes_the_model_it_was_given(scripts: Pipeline, tmp_path: Path) -> None:
     """engine.py with SGLang's own arguments, and with tokens made up in SGLang's place."""
     scripts.script(

@@ -15,7 +15,7 @@ import pytest
 
 from tests.frontends import frontend_beside
 from tests.load import Asked, Load, ask, chat
-from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
+from tests.processes import SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
 from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
@@ -78,8 +78,8 @@ class Asking:
     both. All have begun; `engines` say in their logs when they work on one.
     """
 
-    def __init__(self, pipeline: Pipeline, engines: Sequence[Process], *, of_each: int = 1, model: str = MODEL) -> None:
-        self.pipeline, self._engines, self._model = pipeline, engines, model
+    def __init__(self, pipeline: Pipeline, engines: Sequence[Process], *, of_each: int = 1, **fields: object) -> None:
+        self.pipeline, self._engines, self._fields = pipeline, engines, fields
         self._threads = ThreadPoolExecutor(2 * of_each)
         self._has_text = [threading.Event() for _ in range(of_each)]
         self._wholes = [self._threads.submit(self._ask, None) for _ in range(of_each)]
@@ -90,7 +90,7 @@ class Asking:
 
     def _ask(self, has_text: threading.Event | None) -> Asked:
         with httpx.Client(base_url=self.pipeline.url, timeout=60) as client:
-            fields = {"model": self._model, "max_tokens": NUM_TOKENS, "stream": has_text is not None}
+            fields = {"max_tokens": NUM_TOKENS, "stream": has_text is not None, **self._fields}
             return ask(client, fields, has_text)
 
     def _wait_for_running(self, number: int) -> None:
@@ -167,6 +167,18 @@ def test_one_of_two_engines_killed_costs_a_request_only_time(scripts: Pipeline, 
     for asked in chain(*in_the_middle_of_requests(asking, engines[0].kill, is_midway=is_midway)):
         assert (asked.outcome, asked.text) == ("200", text)
         assert asked.took_s < 2 * UNDISTURBED_S + 2
+
+
+def test_an_answer_with_a_grammar_begins_anew_elsewhere_unless_a_part_of_it_was_sent(scripts: Pipeline) -> None:
+    engines = [scripts.fake_engine(*PACE, "--can-constrain") for _ in range(2)]
+    scripts.wait_ready(engines=2)
+    text = expected(scripts)
+    asking = Asking(scripts, engines, of_each=2, response_format={"type": "json_object"})
+    wholes, streams = in_the_middle_of_requests(asking, engines[0].kill, is_midway=True)
+    assert [(asked.outcome, asked.text) for asked in wholes] == [("200", text)] * 2
+    unharmed, broken = sorted(streams, key=lambda asked: asked.outcome != "200")
+    assert (unharmed.outcome, unharmed.text) == ("200", text)
+    assert_broken_off(broken, text, "bad_upstream")
 
 
 @both_moments

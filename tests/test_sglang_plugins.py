@@ -51,5 +51,12 @@ def test_another_sglang_is_as_it_came_and_may_ask_for_the_cpu_platform() -> None
 
 def test_in_the_engine_they_act() -> None:
     assert probe()["current_platform"] == "CpuTorchNativePlatform"
-    assert {hook.rpartition(".")[2] for hook in probe()["hooks"]} == {"_pull_raw_reqs", "SamplingBatchInfo", "verify"}
+    assert {".".join(hook.split(".")[-2:]) for hook in probe()["hooks"]} == {
+        "SchedulerRequestReceiver._pull_raw_reqs",
+        "sampling_batch_info.SamplingBatchInfo",
+        "SamplingParams.verify",
+        "GrammarManager.__init__",
+        "GuidanceGrammar.fill_vocab_mask",
+        "GuidanceGrammar.copy",
+    }
     assert probe()["environment"]["DYN_CHAT_SGLANG_PLUGINS"] == "1"  # which the scheduler inherits

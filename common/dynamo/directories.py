@@ -12,9 +12,9 @@ import msgspec
 
 from common.dynamo import releases
 from common.dynamo.runtime import Client
-from common.errors import ModelNotFound
+from common.errors import InvalidRequest, ModelNotFound
 from common.sampling import ContextLimits
-from common.wire import DESCRIBE, EngineDescription, ProcessorDescription
+from common.wire import DESCRIBE, EngineDescription, ProcessorDescription, is_constrained
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,11 @@ class Descriptions(Generic[T]):
         if self._known.keys() != set(instance_ids):
             await self._update(set(instance_ids))
         return self._known
+
+    @property
+    def are_asked(self) -> bool:
+        """Whether one has not answered yet."""
+        return bool(self._asking)
 
     async def are_complete(self) -> bool:
         """Whether there is an instance, and each has said what it is."""
@@ -139,6 +144,7 @@ class EngineDirectory:
         self._ours = ours
         self.ineligible_reason = f"Those that run have another tokenizer than {ours.model}, or have not said which."
         self._is_compatible: dict[int, bool] = {}
+        self._constraining: set[int] = set()  # those of them that take a grammar
         self._limits = ContextLimits.of([ours])
 
     async def limits(self) -> ContextLimits:
@@ -154,11 +160,24 @@ class EngineDirectory:
             each: self._is_compatible[each] if each in self._is_compatible else self._check(each, description)
             for each, description in known.items()
         }
-        compatible_engines = [known[each] for each, is_compatible in self._is_compatible.items() if is_compatible]
-        self._limits = ContextLimits.of([self._ours, *(engine for engine in compatible_engines if engine is not None)])
+        compatible = {
+            each: engine for each, engine in known.items() if self._is_compatible[each] and engine is not None
+        }
+        self._limits = ContextLimits.of([self._ours, *compatible.values()])
+        self._constraining = {each for each, engine in compatible.items() if engine.can_constrain}
+
+    async def check_constraining(self, param: str) -> None:
+        """Raises:
+        InvalidRequest: there are engines, each has said what it is, and none takes a grammar. param: what asks for one.
+        """
+        await self._refresh()
+        if any(self._is_compatible.values()) and not self._constraining and not self._engines.are_asked:
+            raise InvalidRequest(f"Invalid value for {param}: no engine of this model has grammars.", param=param)
 
     async def eligible(self, request: dict[str, Any]) -> set[int]:
         await self._refresh()
+        if is_constrained(request):
+            return self._constraining
         return {instance_id for instance_id, is_compatible in self._is_compatible.items() if is_compatible}
 
     def _check(self, instance_id: int, engine: EngineDescription | None) -> bool:

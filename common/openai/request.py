@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from common.errors import InvalidRequest
+from common.openai.json_schema import JsonSchema, schema_text
 from common.openai.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
 
 # Fields of an answer's message, for clients that send it back, and what they mark for a cache.
@@ -88,7 +89,6 @@ NO_OPS: dict[str, Any] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "store": IGNORED,
     "verbosity": IGNORED,
     "prediction": IGNORED,
@@ -119,6 +119,31 @@ class StreamOptions(StrictModel):
     include_usage: bool = False
     continuous_usage_stats: bool = Field(False, description="With include_usage: the usage so far, in every chunk.")
     include_obfuscation: bool = False
+
+
+class NamedSchema(StrictModel):
+    """strict: an answer holds to the schema, strict or not."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    json_schema: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(StrictModel):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(StrictModel):
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(StrictModel):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
 class DynamoExtension(StrictModel):
@@ -158,6 +183,7 @@ class ChatCompletionRequest(StrictModel):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
     _as_sent: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -186,6 +212,19 @@ class ChatCompletionRequest(StrictModel):
         return self.ignore_eos or (self.nvext is not None and self.nvext.ignore_eos)
 
     @property
+    def answer_schema(self) -> str | None:
+        """The text of the JSON schema that the answer holds to; None where it may be any text."""
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return schema_text(self.response_format.json_schema.json_schema)
+        return schema_text(None) if isinstance(self.response_format, JsonObjectFormat) else None
+
+    @property
+    def answer_schema_param(self) -> str:
+        """The field that `answer_schema` comes from."""
+        is_own = isinstance(self.response_format, JsonSchemaFormat)
+        return "response_format.json_schema.schema" if is_own else "response_format"
+
+    @property
     def num_tokens_asked(self) -> int | None:
         """The client's own limit for the answer, in tokens."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
@@ -206,13 +245,17 @@ class ChatCompletionRequest(StrictModel):
         return self.stream_options is not None and self.is_usage_wanted and self.stream_options.continuous_usage_stats
 
 
+def _is_member(position: int, location: tuple[int | str, ...]) -> bool:
+    return (position, location[0]) in ((2, "messages"), (1, "response_format"))
+
+
 def _path(location: tuple[int | str, ...]) -> str:
     """`("messages", 0, "user", "content", "<string>")` as OpenAI writes it: `messages[0].content`."""
     path = ""
     for position, step in enumerate(location):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step in (IS_STRING.tag, IS_LIST.tag) or (position == 2 and location[0] == "messages"):
+        elif step in (IS_STRING.tag, IS_LIST.tag) or _is_member(position, location):
             continue  # which member of a union it is: pydantic's, not the client's
         else:
             path += f".{step}" if path else step

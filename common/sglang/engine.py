@@ -29,6 +29,7 @@ class SGLangEngine:
     def __init__(self, server_args: "ServerArgs") -> None:
         from sglang.srt.entrypoints.engine import Engine
 
+        from common.sglang.grammars import can_constrain
         from common.sglang.request_seeds import supports_seed
 
         keep_ports_local(server_args)
@@ -37,15 +38,15 @@ class SGLangEngine:
         self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
         model_config = self._tokenizer_manager.model_config
+        tokenizer_id = tokenizer_sha256(server_args.tokenizer_path or server_args.model_path, server_args.revision)
         self.description = EngineDescription(
             model=server_args.model_path,
             context_length=model_config.context_len,
             vocab_size=model_config.vocab_size,
             is_seed_supported=supports_seed(server_args),
-            tokenizer_sha256=tokenizer_sha256(
-                server_args.tokenizer_path or server_args.model_path, server_args.revision
-            ),
+            tokenizer_sha256=tokenizer_id,
             max_input_tokens=_max_input_tokens(self._tokenizer_manager),
+            can_constrain=bool(tokenizer_id) and can_constrain(server_args),
         )
 
     @classmethod
@@ -70,6 +71,8 @@ class SGLangEngine:
         """
         if request.sampling_options.seed is not None and not self.description.is_seed_supported:
             raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
+        if request.sampling_options.json_schema is not None and not self.description.can_constrain:
+            raise InvalidRequest("This engine has no grammars.", param="response_format")
         rid = uuid.uuid4().hex  # unique, and never the prefix of another one
         loop, is_complete = asyncio.get_running_loop(), False
         try:

@@ -37,7 +37,13 @@ mean what they mean everywhere in Dynamo.
 
 # The engine reads items that hold the whole answer so far, and sends on what is new in them.
 REQUIRED_SETTINGS = {"skip_tokenizer_init": True, "incremental_streaming_output": False}
-DEFAULTS = {"log_level": "warning"}
+# Between the tokens of JSON one space at most: a small model can go on with white space until its tokens are used up.
+# The first is xgrammar's setting, the second that of the others.
+DEFAULTS = {
+    "log_level": "warning",
+    "constrained_json_disable_any_whitespace": True,
+    "constrained_json_whitespace_pattern": " ?",
+}
 # 32768 tokens: four full contexts of 8192, 0.75 GB for SmolLM2-135M. Memory is touched as it is used.
 CPU_DEFAULTS = {
     "device": "cpu",

@@ -36,7 +36,9 @@ def gathered_prefills() -> None:
 
 
 def request_seeds() -> None:
+    """And grammars: what else a request asks of the sampler. An environment of before there were any has them, too."""
     if _are_on():
-        from common.sglang.request_seeds import register
+        from common.sglang import grammars, request_seeds
 
-        register()
+        request_seeds.register()
+        grammars.register()

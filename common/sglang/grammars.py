@@ -1,0 +1,98 @@
+"""Grammars in an engine that is otherwise free of text: answers that are the JSON which a schema describes.
+
+With `--skip-tokenizer-init` SGLang's scheduler has no tokenizer, and so no grammars. Here it loads one for its grammar
+backend alone. common/sglang/plugins.py calls `register` in the engine's processes.
+
+What llguidance's grammars need beside that (SGLang 0.5.16): one that turns out too complex while a token is chosen
+raises within the step of the whole batch, which ends the scheduler; and each request compiles its schema once more.
+"""
+
+import copy
+import logging
+from collections import OrderedDict
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+logger = logging.getLogger(__name__)
+
+MAX_CACHED_GRAMMARS = 256
+
+
+def can_constrain(server_args: Any) -> bool:
+    """Whether an engine with these arguments takes a schema. xgrammar kills SGLang's scheduler on a CPU."""
+    backend = server_args.grammar_backend
+    return backend not in (None, "none") and not (backend == "xgrammar" and server_args.device == "cpu")
+
+
+def register() -> None:
+    HookRegistry.register(
+        "sglang.srt.constrained.grammar_manager.GrammarManager.__init__", with_tokenizer, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.constrained.llguidance_backend.GuidanceGrammar.fill_vocab_mask", mask_or_end, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.constrained.llguidance_backend.GuidanceGrammar.copy", copy_compiled, HookType.REPLACE
+    )
+
+
+class RecentGrammars(OrderedDict[Any, Any]):
+    """SGLang's cache of compiled grammars, without those that were not asked for lately: clients make the keys."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key in self:
+            self.move_to_end(key)
+        return super().get(key, default)
+
+    def __setitem__(self, key: Any, grammar: Any) -> None:
+        super().__setitem__(key, grammar)
+        while len(self) > MAX_CACHED_GRAMMARS:
+            self.popitem(last=False)
+
+
+def with_tokenizer(init: Any, manager: Any, scheduler: Any) -> None:
+    """Stands around `GrammarManager.__init__`."""
+    init(manager, scheduler)
+    if manager.grammar_backend is None and can_constrain(scheduler.server_args):
+        manager.grammar_backend = _backend(scheduler)
+    if manager.grammar_backend is not None:
+        manager.grammar_backend.cache = RecentGrammars()
+
+
+def _backend(scheduler: Any) -> Any:
+    from sglang.srt.constrained.base_grammar_backend import create_grammar_backend
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    args, model = scheduler.server_args, scheduler.model_config
+    try:
+        tokenizer = get_tokenizer(
+            args.tokenizer_path,
+            tokenizer_mode=args.tokenizer_mode,
+            trust_remote_code=args.trust_remote_code,
+            revision=args.revision,
+            tokenizer_backend=args.tokenizer_backend,
+        )
+    except (OSError, ValueError) as error:
+        logger.warning("no grammars, because there is no tokenizer: %s", error)
+        return None
+    return create_grammar_backend(
+        args, tokenizer, model.vocab_size, model.hf_eos_token_id, think_end_id=model.think_end_id
+    )
+
+
+def mask_or_end(fill: Any, grammar: Any, vocab_mask: Any, index: int) -> None:
+    """Stands around `fill_vocab_mask`. Where that fails, any token may come: SGLang ends the request with the next."""
+    try:
+        fill(grammar, vocab_mask, index)
+    except ValueError as error:
+        logger.warning("a grammar has failed: %.200s", str(error).partition("\n")[0])
+        vocab_mask[index] = -1
+
+
+def copy_compiled(grammar: Any) -> Any:
+    """Stands for `copy`: a grammar at its beginning, with what was compiled."""
+    copied = copy.copy(grammar)
+    copied.ll_matcher = grammar.ll_matcher.deep_copy()
+    copied.ll_matcher.reset()
+    return copied

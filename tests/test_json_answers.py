@@ -1,0 +1,89 @@
+"""Answers that are JSON, by the real model: SmolLM2 would not write them of its own accord."""
+
+import json
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from tests.streams import ask_stream
+
+pytestmark = pytest.mark.pipeline
+
+QUESTION = [{"role": "user", "content": "Tell me about John, who is 25 and likes chess and rowing."}]
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "hobbies": {"type": "array", "items": {"enum": ["chess", "rowing", "reading"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "hobbies"],
+    "additionalProperties": False,
+}
+JSON_OBJECT = {"type": "json_object"}
+
+
+def json_schema(schema: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **fields}}
+
+
+def body(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 80, **fields}
+
+
+def ask(client: httpx.Client, model: str, **fields: Any) -> httpx.Response:
+    return client.post("/v1/chat/completions", json=body(model, **fields))
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_an_answer_holds_to_its_schema_and_ends(client: httpx.Client, embedded_model: str, strict: bool | None) -> None:
+    answer = ask(client, embedded_model, response_format=json_schema(PERSON, strict=strict)).json()
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
+    assert answer["usage"]["completion_tokens"] < 80
+
+
+def test_a_stream_does_too_with_several_choices_and_logprobs(client: httpx.Client, embedded_model: str) -> None:
+    fields = {"response_format": json_schema(PERSON), "n": 3, "temperature": 1, "seed": 5, "logprobs": True}
+    stream = ask_stream(client, body(embedded_model, **fields, stream_options={"include_usage": True}))
+    assert set(stream.finish_reasons.values()) == {"stop"}
+    for index, content in stream.contents.items():
+        jsonschema.validate(json.loads(content), PERSON)
+        assert b"".join(bytes(entry["bytes"] or []) for entry in stream.logprobs[index]).decode() == content
+    assert len(stream.deltas[0]) > 5, "one delta holds everything"
+
+
+def test_a_json_object_is_one_however_the_model_would_rather_talk(client: httpx.Client, embedded_model: str) -> None:
+    answer = ask(client, embedded_model, response_format=JSON_OBJECT, max_tokens=200).json()["choices"][0]
+    content = answer["message"]["content"]
+    assert content.startswith("{")
+    assert "  " not in content.partition('"')[0]
+    if answer["finish_reason"] == "stop":
+        assert isinstance(json.loads(content), dict)
+
+
+def test_stop_strings_and_limits_cut_json_as_they_cut_text(client: httpx.Client, embedded_model: str) -> None:
+    (cut,) = ask(client, embedded_model, response_format=json_schema(PERSON), stop='"age"').json()["choices"]
+    assert cut["finish_reason"] == "stop"
+    assert cut["message"]["content"].startswith("{")
+    assert '"age"' not in cut["message"]["content"]
+    (short,) = ask(client, embedded_model, response_format=json_schema(PERSON), max_tokens=3).json()["choices"]
+    assert short["finish_reason"] == "length"
+
+
+def test_requests_without_a_grammar_beside_it_are_as_they_were(client: httpx.Client, embedded_model: str) -> None:
+    stream = ask_stream(client, body(embedded_model, response_format={"type": "text"}))
+    assert not stream.content.startswith("{")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_without_a_grammar_is_a_400_that_says_why(
+    client: httpx.Client, embedded_model: str, stream: bool
+) -> None:
+    answer = ask(client, embedded_model, response_format=json_schema({"not": {"type": "string"}}), stream=stream)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format.json_schema.schema"
+    assert 'Unimplemented keys: ["not"]' in answer.json()["error"]["message"]
