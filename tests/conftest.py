@@ -84,7 +84,7 @@ def fake_pipeline(tmp_path_factory: pytest.TempPathFactory, embedded_model: str)
     pipeline = Pipeline(servers, tmp_path_factory.mktemp("fake-pipeline"))
     try:
         servers.start()
-        pipeline.fake_engine()
+        pipeline.fake_engine("--can-constrain")
         pipeline.processor()
         pipeline.frontend()
         pipeline.wait_ready()

@@ -19,6 +19,14 @@ def _is_count(value: Any) -> bool:
     return type(value) in (int, float) and value >= 1 and value == int(value)
 
 
+def _with_a_schema(response_format: dict[str, Any]) -> dict[str, Any]:
+    """One that there is a grammar for, in place of any object."""
+    json_schema = response_format.get("json_schema")
+    if not isinstance(json_schema, dict) or not isinstance(json_schema.get("schema"), dict):
+        return response_format
+    return {**response_format, "json_schema": {**json_schema, "schema": {"type": "integer"}}}
+
+
 @schemathesis.hook
 def map_body(context: HookContext, body: Any) -> Any:
     """The rules that a JSON schema cannot say. What is wrong in a body stays wrong."""
@@ -31,6 +39,8 @@ def map_body(context: HookContext, body: Any) -> Any:
         body["max_tokens"] = min(body.get("max_tokens") or MOST_TOKENS, MOST_TOKENS)
     if _is_count(body.get("max_completion_tokens")):
         body["max_completion_tokens"] = min(body["max_completion_tokens"], MOST_TOKENS)
+    if isinstance(body.get("response_format"), dict):
+        body["response_format"] = _with_a_schema(body["response_format"])
     bias = body.get("logit_bias")
     if isinstance(bias, dict) and all(key.isascii() and key.isdigit() and len(key) <= 10 for key in bias):
         body["logit_bias"] = {str(int(key) % VOCAB_SIZE): value for key, value in bias.items()}

@@ -13,7 +13,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from tests.processes import MODEL
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,7 +62,13 @@ def probe() -> dict[str, Any]:
 
 
 def answer(folder: str) -> dict[str, Any]:
-    return {"arguments": dict(parsed(folder)), "environment": dict(os.environ), "gathering": gathering(), **platform()}
+    return {
+        "arguments": dict(parsed(folder)),
+        "environment": dict(os.environ),
+        "gathering": gathering(),
+        "grammars": grammars(),
+        **platform(),
+    }
 
 
 def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -122,6 +131,54 @@ def gathering() -> dict[str, Any]:
         ),
         "ranks_have": those_of(ParallelState, "pp_rank", "attn_tp_rank", "attn_cp_rank"),
         "batch_has": those_of(ScheduleBatch, "batch_size", "forward_mode"),
+    }
+
+
+def grammars() -> dict[str, Any]:
+    """The scheduler's grammars as our plugin has them, on the embedded model's tokenizer."""
+    from sglang.srt.constrained.grammar_manager import GrammarManager
+
+    from common.sglang.engine_args import parse_engine_args
+
+    def manager(*options: str) -> Any:
+        group = SimpleNamespace(world_size=1, first_rank=0, is_first_rank=True)
+        model = SimpleNamespace(vocab_size=49152, hf_eos_token_id={2}, think_end_id=None)
+        ranks = SimpleNamespace(pp_rank=0, pp_size=1)
+        arguments = parse_engine_args(["--model-path", MODEL, *options])
+        return GrammarManager(
+            SimpleNamespace(server_args=arguments, tokenizer=None, model_config=model, dp_tp_cpu_group=None,
+                            dp_tp_group=group, ps=ranks, pp_group=None)
+        )  # fmt: skip
+
+    backend = manager().grammar_backend
+
+    def compiled(schema: str) -> Any:
+        grammar, _ = backend.get_cached_or_future_value(("json", schema), False)
+        return grammar.result()
+
+    def takes(text: str) -> bool:
+        grammar = first.copy()
+        token_ids = grammar.llguidance_tokenizer.tokenize_str(text)
+        return bool(grammar.ll_matcher.try_consume_tokens(token_ids) == len(token_ids))
+
+    first = compiled('{"type": "object", "properties": {"a": {"type": "array"}}}')
+    failing = compiled('{"$ref": "#"}')
+    mask = failing.allocate_vocab_mask(49152, 2, "cpu").zero_()
+    failing.fill_vocab_mask(mask, 1)
+    try:
+        failing.accept_token(1000)
+    except ValueError as error:
+        message = str(error)
+    for at in range(300):
+        backend.set_cache(("json", f"{at}"), first)
+    return {
+        "without": manager("--grammar-backend", "none").grammar_backend,
+        "texts": [text for text in ('{"a":[1,2]}', '{"a": [1, 2]}', '{"a":  [1]}', '{"a":\n[1]}') if takes(text)],
+        "failing_masks": [bool((row == -1).all()) for row in mask],
+        "message": message,
+        "invalid": compiled('{"type": 5}').error_message,
+        "num_cached": len(backend.cache),
+        "newest_is_cached": backend.get_cached_or_future_value(("json", "299"), False)[1],
     }
 
 

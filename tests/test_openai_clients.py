@@ -37,7 +37,7 @@ def client(fake_pipeline: Pipeline) -> Iterator[OpenAI]:
     [
         ({"temperature": 3}, openai.BadRequestError, "temperature", None),
         ({"n": 100}, openai.BadRequestError, "n", None),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format", None),  # the engine's
+        ({"response_format": {"type": "json"}}, openai.BadRequestError, "response_format", None),
         ({"max_tokens": 9000}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
         ({"model": "gpt-4"}, openai.NotFoundError, "model", "model_not_found"),
     ],

@@ -16,7 +16,7 @@ from common.dynamo.context import RequestContext
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sglang.engine import SGLangEngine
 from common.sglang.stream_pace import Output, StreamPace
-from common.wire import EngineDescription, EngineRequest, OutputOptions, StopConditions
+from common.wire import EngineDescription, EngineRequest, OutputOptions, SamplingOptions, StopConditions
 from tests.contexts import request_context
 
 FOREVER = 1_000_000
@@ -41,10 +41,16 @@ def engine(embedded_model: str) -> SGLangEngine:
 
 
 def request(
-    engine: SGLangEngine, *, stream: bool, max_tokens: int = FOREVER, context: RequestContext | None = None
+    engine: SGLangEngine,
+    *,
+    stream: bool,
+    max_tokens: int = FOREVER,
+    context: RequestContext | None = None,
+    json_schema: str | None = None,
 ) -> AsyncGenerator[Output, None]:
     stop, options = StopConditions(max_tokens=max_tokens), OutputOptions(stream=stream)
-    asked = EngineRequest([1, 2, 3], stop_conditions=stop, output_options=options)
+    sampling = SamplingOptions(json_schema=json_schema)
+    asked = EngineRequest([1, 2, 3], sampling, stop, options)
     return engine.generate(asked, context or request_context("engine"))
 
 
@@ -107,18 +113,18 @@ def test_a_request_that_was_cancelled_just_ends(engine: SGLangEngine, stream: bo
 class AbortingEngine:
     """Ends each request as SGLang 0.5.16 does: by an exception where nobody streams and the abort has a status code."""
 
-    def __init__(self, status_code: int | None) -> None:
-        self._finish_reason = {"type": "abort", "message": "Told so.", "status_code": status_code, "err_type": None}
-        self._status_code = status_code
+    def __init__(self, status_code: int | None, message: str = "Told so.") -> None:
+        self._finish_reason = {"type": "abort", "message": message, "status_code": status_code, "err_type": None}
+        self._status_code, self._message = status_code, message
 
     async def async_generate(self, *, stream: bool, **_: Any) -> Any:
         output = {"output_ids": [], "meta_info": {"finish_reason": self._finish_reason}}
         if stream:
             return self._stream(output)
         if self._status_code == 400:
-            raise ValueError("Told so.")
+            raise ValueError(self._message)
         if self._status_code is not None:
-            raise HTTPException(self._status_code, "Told so.")
+            raise HTTPException(self._status_code, self._message)
         return output
 
     async def _stream(self, output: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -138,3 +144,34 @@ def test_an_abort_is_the_error_that_its_status_code_says(
     with pytest.raises(PipelineError, match=r": Told so\.$") as caught:
         asyncio.run(run())
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("status_code", "message", "kind"),
+    [
+        (400, "Failed to compile json grammar: Invalid type: text", InvalidRequest),
+        (None, "Aborted", InvalidRequest),  # all that SGLang says where a grammar fails midway
+        (500, "Out of memory", Aborted),
+    ],
+)
+def test_a_grammar_that_fails_is_the_clients_and_no_failure_of_the_engine(
+    engine: SGLangEngine, status_code: int | None, message: str, kind: type[PipelineError], stream: bool
+) -> None:
+    engine._engine = AbortingEngine(status_code, message)
+    engine.description = EngineDescription("bare", context_length=8192, vocab_size=49152, can_constrain=True)
+
+    async def run() -> None:
+        await anext(request(engine, stream=stream, json_schema="{}"))
+
+    with pytest.raises(kind) as caught:
+        asyncio.run(run())
+    assert caught.value.param == ("response_format.json_schema.schema" if kind is InvalidRequest else None)
+
+
+def test_an_engine_without_grammars_takes_no_schema(engine: SGLangEngine) -> None:
+    async def run() -> None:
+        await anext(request(engine, stream=True, json_schema="{}"))
+
+    with pytest.raises(InvalidRequest, match="has no grammars"):
+        asyncio.run(run())

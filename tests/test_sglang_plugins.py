@@ -58,5 +58,28 @@ def test_in_the_engine_they_act() -> None:
         "GrammarManager.__init__",
         "GuidanceGrammar.fill_vocab_mask",
         "GuidanceGrammar.copy",
+        "GuidanceGrammar._check_err",
     }
     assert probe()["environment"]["DYN_CHAT_SGLANG_PLUGINS"] == "1"  # which the scheduler inherits
+
+
+def test_the_scheduler_has_grammars_though_it_has_no_tokenizer_unless_told_not_to(embedded_model: str) -> None:
+    grammars = probe()["grammars"]
+    assert grammars["without"] is None
+    assert grammars["invalid"] == "type must be a string or array of strings"
+
+
+def test_between_the_tokens_of_json_there_is_one_space_at_most() -> None:
+    assert probe()["grammars"]["texts"] == ['{"a":[1,2]}', '{"a": [1, 2]}']
+
+
+def test_a_grammar_that_fails_ends_its_own_request_only() -> None:
+    """SGLang calls one after the other in the step of a whole batch; the first may not raise, the second one may."""
+    grammars = probe()["grammars"]
+    assert grammars["failing_masks"] == [False, True]
+    assert grammars["message"] == "NoExtensionBias"
+
+
+def test_clients_cannot_fill_the_memory_with_grammars() -> None:
+    assert probe()["grammars"]["num_cached"] == 256
+    assert probe()["grammars"]["newest_is_cached"] is True

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 
+# What a client called the schema of an answer, and how SGLang begins to say that it has no grammar for it.
+_SCHEMA_PARAM = "response_format.json_schema.schema"
+_GRAMMAR_ERRORS = ("Failed to compile json grammar", "Grammar preprocessing timed out")
+_NO_REASON = ": Aborted."
+
+
 class SGLangEngine:
     """A running engine. As a context manager it shuts SGLang's processes down at the end."""
 
@@ -86,9 +92,12 @@ class SGLangEngine:
             raise _error_of(HTTPStatus.BAD_REQUEST, str(error)) from error
         except HTTPException as error:  # an abort with a status code, where nobody streams
             raise _error_of(error.status_code, error.detail) from error
-        except Aborted:
-            if not context.is_stopped():  # otherwise it was us
-                raise
+        except Aborted as error:
+            if context.is_stopped():  # it was us
+                return
+            if (grammar_error := _grammar_error(request, error)) is not None:
+                raise grammar_error from error
+            raise
         finally:
             if not is_complete:
                 with suppress(RuntimeError):  # the loop has ended
@@ -160,11 +169,20 @@ def _checked(output: Output) -> Output:
 def _error_of(status: int | None, message: str) -> PipelineError:
     """Whose fault an abort is: SGLang says it with one of HTTP's status codes."""
     message = message.rstrip(".")
+    if message.startswith(_GRAMMAR_ERRORS):
+        return InvalidRequest(f"The engine has no grammar for this schema: {message}.", param=_SCHEMA_PARAM)
     if status == HTTPStatus.BAD_REQUEST:
         return InvalidRequest(f"The engine does not take this request: {message}.")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Busy(f"The engine takes no more requests just now: {message}.")
     return Aborted(f"The engine gave the request up: {message}.")
+
+
+def _grammar_error(request: EngineRequest, aborted: Aborted) -> InvalidRequest | None:
+    """Where it was the grammar: it failed midway, as it would in another engine. SGLang gives no reason then."""
+    if request.sampling_options.json_schema is None or not aborted.message.endswith(_NO_REASON):
+        return None
+    return InvalidRequest("The engine's grammar for this schema failed: it is too complex.", param=_SCHEMA_PARAM)
 
 
 def _max_input_tokens(tokenizer_manager: Any) -> int:

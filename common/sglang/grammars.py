@@ -4,7 +4,8 @@ With `--skip-tokenizer-init` SGLang's scheduler has no tokenizer, and so no gram
 backend alone. common/sglang/plugins.py calls `register` in the engine's processes.
 
 What llguidance's grammars need beside that (SGLang 0.5.16): one that turns out too complex while a token is chosen
-raises within the step of the whole batch, which ends the scheduler; and each request compiles its schema once more.
+raises within the step of the whole batch, which ends the scheduler; its message is a page, with the client's schema;
+and each request compiles its schema once more.
 """
 
 import copy
@@ -13,6 +14,8 @@ from collections import OrderedDict
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from common.text.grammar_check import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +29,12 @@ def can_constrain(server_args: Any) -> bool:
 
 
 def register() -> None:
-    HookRegistry.register(
-        "sglang.srt.constrained.grammar_manager.GrammarManager.__init__", with_tokenizer, HookType.AROUND
-    )
-    HookRegistry.register(
-        "sglang.srt.constrained.llguidance_backend.GuidanceGrammar.fill_vocab_mask", mask_or_end, HookType.AROUND
-    )
-    HookRegistry.register(
-        "sglang.srt.constrained.llguidance_backend.GuidanceGrammar.copy", copy_compiled, HookType.REPLACE
-    )
+    around, replace = HookType.AROUND, HookType.REPLACE
+    HookRegistry.register("sglang.srt.constrained.grammar_manager.GrammarManager.__init__", with_tokenizer, around)
+    grammar = "sglang.srt.constrained.llguidance_backend.GuidanceGrammar"
+    HookRegistry.register(f"{grammar}.fill_vocab_mask", mask_or_end, around)
+    HookRegistry.register(f"{grammar}.copy", copy_compiled, replace)
+    HookRegistry.register(f"{grammar}._check_err", check_error, replace)
 
 
 class RecentGrammars(OrderedDict[Any, Any]):
@@ -86,7 +86,7 @@ def mask_or_end(fill: Any, grammar: Any, vocab_mask: Any, index: int) -> None:
     try:
         fill(grammar, vocab_mask, index)
     except ValueError as error:
-        logger.warning("a grammar has failed: %.200s", str(error).partition("\n")[0])
+        logger.warning("a grammar has failed: %s", error)
         vocab_mask[index] = -1
 
 
@@ -96,3 +96,9 @@ def copy_compiled(grammar: Any) -> Any:
     copied.ll_matcher = grammar.ll_matcher.deep_copy()
     copied.ll_matcher.reset()
     return copied
+
+
+def check_error(grammar: Any) -> None:
+    """Stands for `_check_err`."""
+    if grammar.ll_matcher.is_error():
+        raise ValueError(one_line(grammar.ll_matcher.get_error()))

@@ -47,10 +47,10 @@ def why_no_grammar(schema_text: str) -> str | None:
     try:
         matcher = LLMatcher(_bytes(), LLMatcher.grammar_from_json_schema(schema_text), log_level=0, limits=limits)
     except ValueError as error:
-        return _one_line(str(error))
+        return one_line(str(error))
     if not matcher.is_error():
         matcher.compute_bitmask()  # what may come first
-    return _one_line(matcher.get_error()) if matcher.is_error() else None
+    return one_line(matcher.get_error()) if matcher.is_error() else None
 
 
 @functools.cache
@@ -61,5 +61,6 @@ def _bytes() -> "LLTokenizer":
     return LLTokenizer("byte")
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
+    """Of an error of llguidance: the reason, without its state and the whole grammar."""
     return " ".join(message.partition("<state>")[0].split()).rstrip(".")
