@@ -46,9 +46,9 @@ class RequestHandler:
         self.tokenizer.check(request)
         if request.answer_schema is not None:
             await check_grammar(request.answer_schema, request.answer_schema_param)
-            await self.engines.check_constraining("response_format")
+            await self.engines.check_constraining(request.answer_schema_param.partition(".")[0])
         limits = await self.engines.limits()
-        token_ids = await self.tokenizer.encode_chat(request.messages, limits)
+        token_ids = await self.tokenizer.encode_chat(request.messages, limits, request.usable_tools)
         context.record.num_prompt_tokens = len(token_ids)
         max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)
         choices = [Choice(self.tokenizer, request, index, max_tokens) for index in range(request.n)]

@@ -23,6 +23,7 @@ from common.errors import BadUpstream, InvalidRequest, ModelNotFound, from_wire
 
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 FinishReason = Literal["stop", "length"]
+AnswerFinishReason = Literal["stop", "length", "tool_calls"]
 InstanceId = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
 # Since a process received the request, in microseconds.
 Moment = Annotated[int, Meta(ge=0, lt=2**53)]
@@ -159,23 +160,40 @@ class LogprobEntry(TokenLogprob):
     top_logprobs: list[TokenLogprob]
 
 
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    """A piece of a choice's tool call number `index`: its name first, then the JSON of its arguments, in pieces."""
+
+    index: Annotated[int, Meta(ge=0)]
+    name: str | None = None
+    arguments: str = ""
+
+
 class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     """A piece of one choice's text, the end of that choice, or both. `usage` comes with the last chunk of all.
 
-    logprobs: one entry for each token behind `content`.
+    logprobs: one entry for each token behind the text. tool_calls: behind the content.
     """
 
     index: Annotated[int, Meta(ge=0)] = 0
     content: str = ""
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerFinishReason | None = None
     logprobs: list[LogprobEntry] | None = None
     usage: Usage | None = None
     path: HopTrace | None = None
     error: Any = None
+    tool_calls: list[ToolCallDelta] = []
 
     @property
     def has_content(self) -> bool:
-        return bool(self.content or self.logprobs)
+        return bool(self.content or self.logprobs or self.tool_calls)
+
+    def add(self, other: "ProcessorChunk") -> None:
+        """Append what comes next of the same choice."""
+        self.content += other.content
+        self.tool_calls += other.tool_calls
+        self.finish_reason = other.finish_reason or self.finish_reason
+        if other.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + other.logprobs
 
 
 class ProcessorDescription(msgspec.Struct, omit_defaults=True):

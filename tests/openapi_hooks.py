@@ -44,7 +44,26 @@ def map_body(context: HookContext, body: Any) -> Any:
     bias = body.get("logit_bias")
     if isinstance(bias, dict) and all(key.isascii() and key.isdigit() and len(key) <= 10 for key in bias):
         body["logit_bias"] = {str(int(key) % VOCAB_SIZE): value for key, value in bias.items()}
+    if isinstance(body.get("tools"), list) and body["tools"]:
+        _choose_tool(body)
     return body
+
+
+def _choose_tool(body: dict[str, Any]) -> None:
+    """The model cannot choose by itself to call one. Without a grammar, an engine can be made to call none."""
+    if body.get("tool_choice") in (None, "auto", "required") or _is_named_tool(body["tool_choice"]):
+        body["tool_choice"] = "none"
+
+
+def _is_named_tool(choice: Any) -> bool:
+    match _without_nulls(choice):
+        case {"type": "function", "function": dict() as function, **others} if not others:
+            return list(_without_nulls(function)) == ["name"] and isinstance(function["name"], str)
+    return False
+
+
+def _without_nulls(value: Any) -> Any:
+    return {key: part for key, part in value.items() if part is not None} if isinstance(value, dict) else value
 
 
 @schemathesis.check

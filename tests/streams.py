@@ -20,6 +20,8 @@ class Stream:
     contents: dict[int, str] = field(default_factory=dict)
     deltas: dict[int, list[str]] = field(default_factory=dict)
     logprobs: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    tool_calls: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    num_tool_call_deltas: int = 0
     finish_reasons: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -96,19 +98,38 @@ def _read_choice(stream: Stream, choice: dict[str, Any]) -> None:
     index, delta = choice["index"], choice["delta"]
     assert index not in stream.finish_reasons, "a chunk after the finish_reason"
     if index not in stream.contents:
-        assert delta == {"role": "assistant", "content": "", "refusal": None}
+        assert delta in ({"role": "assistant", "content": content, "refusal": None} for content in ("", None))
         assert choice["finish_reason"] is None
         stream.contents[index], stream.deltas[index], stream.logprobs[index] = "", [], []
+        stream.tool_calls[index] = []
     elif choice["finish_reason"] is not None:
         assert delta == {}
-        assert choice["finish_reason"] in ("stop", "length")
+        assert choice["finish_reason"] in ("stop", "length", "tool_calls")
         stream.finish_reasons[index] = choice["finish_reason"]
+    elif "tool_calls" in delta:
+        assert set(delta) == {"tool_calls"}
+        (call,) = delta["tool_calls"]
+        stream.num_tool_call_deltas += 1
+        _read_tool_call(stream.tool_calls[index], call)
     else:
         assert set(delta) == {"content"}
         stream.contents[index] += delta["content"]
         stream.deltas[index].append(delta["content"])
         if choice["logprobs"] is not None:
             stream.logprobs[index] += choice["logprobs"]["content"]
+
+
+def _read_tool_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """A call's id, type and name in its first delta and in no other; calls one after the other."""
+    if delta["index"] == len(calls):
+        assert set(delta) == {"index", "id", "type", "function"}
+        assert set(delta["function"]) == {"name", "arguments"}
+        calls.append({key: delta[key] for key in ("id", "type")} | {"function": dict(delta["function"])})
+    else:
+        assert set(delta) == {"index", "function"}
+        assert delta["index"] == len(calls) - 1
+        assert set(delta["function"]) == {"arguments"}
+        calls[-1]["function"]["arguments"] += delta["function"]["arguments"]
 
 
 def ask_stream(client: httpx.Client, body: dict[str, Any], **headers: str) -> Stream:

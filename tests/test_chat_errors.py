@@ -56,7 +56,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"modalities": ["text", "audio"]}, "modalities"),
     ({"web_search_options": {}}, "web_search_options"),
     ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio"),
-    ({"tool_choice": "required", "parallel_tool_calls": 1, "tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required", "parallel_tool_calls": 1, "tools": [{"type": "function"}]}, "tools[0].function"),
     ({"function_call": {"name": "f"}, "functions": [{"name": "f"}]}, "functions"),
     ({"nvext": {"ignore_eos": True, "annotations": []}}, "nvext.annotations"),
     ({"nvext": {"ignore_eos": "yes"}}, "nvext.ignore_eos"),

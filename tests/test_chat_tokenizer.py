@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
@@ -15,9 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from common.arguments import parse_processor_args
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai.request import Message, parse_chat_request
+from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.text.chat_tokenizer import SHORT_CHARACTERS, SHORT_MESSAGES, ChatTokenizer
 from common.wire import EngineDescription
+from tests.hermes_model import TEMPLATE as HERMES_TEMPLATE
 from tests.processes import MODEL, ROOT
 from tests.tokenizers_for_tests import TOKENIZERS, byte_level
 
@@ -160,7 +163,9 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither_here(reference: PreTrainedTo
 WITHOUT_TORCH = """
 import asyncio, json, sys, time
 from pathlib import Path
+from typing import Any
 import processor
+from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.openai.request import parse_chat_request
 
@@ -231,6 +236,39 @@ def test_no_text_of_a_tool_call_forges_a_turn(call: dict[str, str]) -> None:
     token_ids = ids_of(tokenizer, messages_with_tool_call(**call))
     turn = [tokenizer.backend.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>")]
     assert [token_id for token_id in token_ids if token_id in tokenizer.hidden_ids] == turn * 3
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"description": FORGED_TURN},
+        {"parameters": {"properties": {FORGED_TURN: {"type": "string"}}}},
+        {"parameters": {"properties": {"type": {"description": FORGED_TURN}}}},
+        {"parameters": {"properties": {"a": {"type": FORGED_TURN}}}},
+        {"parameters": {"properties": {"a": {"enum": ["a", FORGED_TURN], "role": FORGED_TURN}}}},
+    ],
+)
+@pytest.mark.parametrize("template", [HERMES_TEMPLATE, TOOL_TEMPLATE], ids=["with tools", "without"])
+def test_no_text_of_a_tool_forges_a_turn(function: dict[str, Any], template: str) -> None:
+    tokenizer = with_template(template)
+
+    def special_ids(**fields: Any) -> list[int]:
+        tools = [Tool.model_validate({"type": "function", "function": {"name": "f"} | fields})]
+        token_ids = asyncio.run(tokenizer.encode_chat(messages_of("Hi!"), LIMITS, tools))
+        return [token_id for token_id in token_ids if token_id in tokenizer.hidden_ids]
+
+    assert special_ids(**function) == special_ids() != []
+
+
+def test_the_arguments_of_a_call_forge_no_turn_as_an_object() -> None:
+    tokenizer = with_template(HERMES_TEMPLATE)
+    forged, plain = (
+        ids_of(tokenizer, messages_with_tool_call(arguments=json.dumps({key: {"type": key}})))
+        for key in (FORGED_TURN, "a")
+    )
+    assert sum(token_id in tokenizer.hidden_ids for token_id in forged) == sum(
+        token_id in tokenizer.hidden_ids for token_id in plain
+    )
 
 
 @pytest.mark.parametrize("text", ["|im_end|", "|im_end|> ", " <|im_end|", "<|im_end|>"])

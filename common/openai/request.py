@@ -9,8 +9,19 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from common.errors import InvalidRequest
-from common.openai.json_schema import JsonSchema, schema_text
-from common.openai.strict_model import IGNORED, IS_LIST, IS_STRING, STRING_OR_LIST, StrictModel, absent, any_of, present
+from common.openai.json_schema import JsonSchema, check_size, schema_text
+from common.openai.strict_model import (
+    IGNORED,
+    IS_LIST,
+    IS_OBJECT,
+    IS_STRING,
+    STRING_OR_LIST,
+    StrictModel,
+    absent,
+    any_of,
+    present,
+)
+from common.openai.tools import MAX_FORCED_CALLS, MAX_TOOLS, NamedTool, Tool, ToolChoice, forced_calls_schema
 
 # Fields of an answer's message, for clients that send it back, and what they mark for a cache.
 _NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],), "id": IGNORED, "cache_control": IGNORED}
@@ -84,9 +95,6 @@ MAX_BIASED_TOKENS = 1024
 # Fields of OpenAI's that have no effect here, with the values that ask for none.
 NO_OPS: dict[str, Any] = {
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "store": IGNORED,
@@ -159,6 +167,7 @@ class ChatCompletionRequest(StrictModel):
     rules: ClassVar = [
         any_of(absent("top_logprobs"), present("logprobs", const=True)),
         any_of(absent("stream_options"), present("stream", const=True)),
+        any_of({"properties": {"tool_choice": {"enum": ["none", "auto", None]}}}, present("tools", minItems=1)),
     ]
     model: str = Field(min_length=1, description="One that GET /v1/models lists; any other is a 404.")
     messages: list[Message] = Field(
@@ -183,6 +192,11 @@ class ChatCompletionRequest(StrictModel):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = Field(
+        None, description="A function must be one of tools; auto is a 400 where the model's chat template has no tools."
+    )
+    parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
@@ -196,6 +210,26 @@ class ChatCompletionRequest(StrictModel):
             raise ValueError("stream_options: only allowed when stream is true")
         if not all(re.fullmatch(_TOKEN_ID, token_id) for token_id in self.logit_bias or {}):
             raise ValueError("logit_bias: the keys must be token ids")
+        return self
+
+    @model_validator(mode="after")
+    def _tool_choice_is_a_tool(self) -> "ChatCompletionRequest":
+        names = {tool.name for tool in self.tools or []}
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError("tool_choice: none of the tools has this name")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice: needs tools")
+        return self
+
+    @model_validator(mode="after")
+    def _tools_fit_together(self) -> "ChatCompletionRequest":
+        if self.max_forced_calls:
+            try:
+                check_size(forced_calls_schema(self.usable_tools, self.max_forced_calls))
+            except ValueError as error:
+                raise ValueError(f"tools: all together, {error}") from error
+        elif self.usable_tools and self.answer_schema is not None:
+            raise ValueError("response_format: beside tools that the model may choose to call, only text is supported")
         return self
 
     @property
@@ -214,6 +248,8 @@ class ChatCompletionRequest(StrictModel):
     @property
     def answer_schema(self) -> str | None:
         """The text of the JSON schema that the answer holds to; None where it may be any text."""
+        if self.max_forced_calls:
+            return schema_text(forced_calls_schema(self.usable_tools, self.max_forced_calls))
         if isinstance(self.response_format, JsonSchemaFormat):
             return schema_text(self.response_format.json_schema.json_schema)
         return schema_text(None) if isinstance(self.response_format, JsonObjectFormat) else None
@@ -221,6 +257,8 @@ class ChatCompletionRequest(StrictModel):
     @property
     def answer_schema_param(self) -> str:
         """The field that `answer_schema` comes from."""
+        if self.max_forced_calls:
+            return "tools"
         is_own = isinstance(self.response_format, JsonSchemaFormat)
         return "response_format.json_schema.schema" if is_own else "response_format"
 
@@ -228,6 +266,22 @@ class ChatCompletionRequest(StrictModel):
     def num_tokens_asked(self) -> int | None:
         """The client's own limit for the answer, in tokens."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """Those that the answer may call."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools or [] if tool.name == self.tool_choice.function.name]
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def max_forced_calls(self) -> int:
+        """How many calls the answer may consist of, and nothing else; 0 where the model may choose to make none."""
+        if isinstance(self.tool_choice, NamedTool):
+            return 1
+        if self.tool_choice != "required":
+            return 0
+        return MAX_FORCED_CALLS if self.parallel_tool_calls else 1
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -255,7 +309,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for position, step in enumerate(location):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step in (IS_STRING.tag, IS_LIST.tag) or _is_member(position, location):
+        elif step in (IS_STRING.tag, IS_LIST.tag, IS_OBJECT.tag) or _is_member(position, location):
             continue  # which member of a union it is: pydantic's, not the client's
         else:
             path += f".{step}" if path else step

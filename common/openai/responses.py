@@ -15,12 +15,13 @@ from msgspec import UNSET, Meta, UnsetType
 from common.errors import BadUpstream
 from common.observability.request_records import RequestRecord
 from common.openai.request import ChatCompletionRequest
-from common.wire import CallTrace, FinishReason, LogprobEntry, ProcessorChunk, Usage
+from common.wire import AnswerFinishReason, CallTrace, LogprobEntry, ProcessorChunk, ToolCallDelta, Usage
 
 DONE = format_sse_event(data_str="[DONE]")
 MAX_ANSWER_CHARACTERS = 2**24  # no model of today writes that much in one answer
 
 Id = Annotated[str, Meta(pattern="^chatcmpl-")]
+CallId = Annotated[str, Meta(pattern="^call_")]
 UnixTime = Annotated[int, Meta(description="Unix time in seconds.")]
 
 
@@ -42,17 +43,29 @@ class Logprobs(JsonObject, kw_only=True):
     refusal: None = None
 
 
+class CalledFunction(JsonObject, kw_only=True):
+    name: str
+    arguments: str = ""
+
+
+class AnswerToolCall(JsonObject, kw_only=True):
+    id: CallId
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(JsonObject, kw_only=True):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
 class Choice(JsonObject, kw_only=True):
     index: int
     message: Message
     logprobs: Logprobs | None
-    finish_reason: FinishReason
+    finish_reason: AnswerFinishReason
 
 
 class ChatCompletion(JsonObject, kw_only=True):
@@ -65,17 +78,32 @@ class ChatCompletion(JsonObject, kw_only=True):
     path: Path | UnsetType = UNSET
 
 
+class FunctionDelta(JsonObject, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class AnswerToolCallDelta(JsonObject, kw_only=True):
+    """Of the call number `index`: `id`, `type` and `name` come first and once, then its arguments in pieces."""
+
+    index: int
+    id: CallId | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionDelta
+
+
 class Delta(JsonObject, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
     refusal: UnsetType | None = UNSET
+    tool_calls: list[AnswerToolCallDelta] | UnsetType = UNSET
 
 
 class ChunkChoice(JsonObject, kw_only=True):
     index: int
     delta: Delta
     logprobs: Logprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerFinishReason | None = None
 
 
 class ChatCompletionChunk(JsonObject, kw_only=True):
@@ -121,6 +149,7 @@ class _Answer:
         self.usage: Usage | None = None  # known with the last chunk
         self._unfinished = set(range(request.n))
         self._num_characters = 0
+        self._num_tool_calls = [0] * request.n
 
     def check(self, chunk: ProcessorChunk) -> None:
         """Raises:
@@ -128,12 +157,19 @@ class _Answer:
         """
         if chunk.index >= self.num_choices:
             raise BadUpstream("The processor answered a choice that nobody asked for.")
-        self._num_characters += len(chunk.content)
+        self._num_characters += len(chunk.content) + sum(len(delta.arguments) for delta in chunk.tool_calls)
         if self._num_characters > MAX_ANSWER_CHARACTERS:
             raise BadUpstream("The processor's answer does not end.")
         self.usage = chunk.usage or self.usage
         if chunk.finish_reason is not None:
             self._unfinished.discard(chunk.index)
+        for delta in chunk.tool_calls:
+            self._check_tool_call(chunk.index, delta)
+
+    def _check_tool_call(self, choice: int, delta: ToolCallDelta) -> None:
+        if delta.index != self._num_tool_calls[choice] - (delta.name is None):
+            raise BadUpstream("The processor sent a part of a tool call out of turn.")
+        self._num_tool_calls[choice] += delta.name is not None
 
     def finish(self) -> None:
         """Raises:
@@ -158,22 +194,19 @@ class Answer(_Answer):
     def restart(self) -> None:
         """Forget everything that was added."""
         self._unfinished = set(range(self.num_choices))
+        self._num_tool_calls = [0] * self.num_choices
         self._chunks = [ProcessorChunk(index=index) for index in range(self.num_choices)]
 
     def add(self, chunk: ProcessorChunk) -> None:
         self.check(chunk)
-        so_far = self._chunks[chunk.index]
-        so_far.content += chunk.content
-        so_far.finish_reason = chunk.finish_reason or so_far.finish_reason
-        if chunk.logprobs is not None:
-            so_far.logprobs = (so_far.logprobs or []) + chunk.logprobs
+        self._chunks[chunk.index].add(chunk)
 
     def to_json(self) -> bytes:
         self.finish()
         choices = [
             Choice(
                 index=chunk.index,
-                message=Message(content=chunk.content),
+                message=_message(chunk),
                 logprobs=_logprobs(chunk.logprobs),
                 finish_reason=chunk.finish_reason,
             )
@@ -208,10 +241,16 @@ class AnswerStream(_Answer):
         events = b""
         if index not in self._started:
             self._started.add(index)
-            events += self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="", refusal=None)))
+            content = None if chunk.tool_calls and not chunk.content else ""
+            delta = Delta(role="assistant", content=content, refusal=None)
+            events += self._event(
+                ChunkChoice(index=index, delta=Delta(role="assistant", content=content, refusal=None))
+            )
         if chunk.content or chunk.logprobs:
             delta = Delta(content=chunk.content)
             events += self._event(ChunkChoice(index=index, delta=delta, logprobs=_logprobs(chunk.logprobs)))
+        for tool_call in chunk.tool_calls:
+            events += self._event(ChunkChoice(index=index, delta=Delta(tool_calls=[_tool_call_delta(tool_call)])))
         if chunk.finish_reason is not None:
             events += self._event(ChunkChoice(index=index, delta=Delta(), finish_reason=chunk.finish_reason))
         return events
@@ -227,3 +266,24 @@ class AnswerStream(_Answer):
 
 def _logprobs(entries: list[LogprobEntry] | None) -> Logprobs | None:
     return None if entries is None else Logprobs(content=entries)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex}"
+
+
+def _tool_call_delta(delta: ToolCallDelta) -> AnswerToolCallDelta:
+    if delta.name is None:
+        return AnswerToolCallDelta(index=delta.index, function=FunctionDelta(arguments=delta.arguments))
+    function = FunctionDelta(name=delta.name, arguments=delta.arguments)
+    return AnswerToolCallDelta(index=delta.index, id=_call_id(), type="function", function=function)
+
+
+def _message(chunk: ProcessorChunk) -> Message:
+    """The whole answer of a choice; its content is null where it only calls tools."""
+    calls: list[AnswerToolCall] = []
+    for delta in chunk.tool_calls:
+        if delta.name is not None:
+            calls.append(AnswerToolCall(id=_call_id(), function=CalledFunction(name=delta.name)))
+        calls[delta.index].function.arguments += delta.arguments
+    return Message(content=chunk.content or (None if calls else ""), tool_calls=calls or UNSET)

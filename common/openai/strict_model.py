@@ -6,9 +6,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 IGNORED: Any = ...
 
-# For a union of a string and a list, so that an error speaks of the one that was sent.
-IS_STRING, IS_LIST = Tag("<string>"), Tag("<list>")
+# For a union of a string and something else, so that an error speaks of the one that was sent.
+IS_STRING, IS_LIST, IS_OBJECT = Tag("<string>"), Tag("<list>"), Tag("<object>")
 STRING_OR_LIST = Discriminator(lambda value: (IS_LIST if isinstance(value, list) else IS_STRING).tag)
+STRING_OR_OBJECT = Discriminator(lambda value: (IS_STRING if isinstance(value, str) else IS_OBJECT).tag)
 
 
 def _is_no_op(value: Any, no_op_values: Any) -> bool:

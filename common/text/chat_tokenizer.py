@@ -5,19 +5,19 @@ loop; short ones take less time than it would take to hand them to another threa
 """
 
 import asyncio
-import contextlib
-import logging
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import jinja2
 import tokenizers
 
 from common.errors import InvalidRequest
 from common.openai.request import ChatCompletionRequest, Message
+from common.openai.tools import Tool
 from common.sampling import ContextLimits
+from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tokenizer_identity import tokenizer_sha256
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 # One conversation at a time: a pool of threads would only be handed it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-logger = logging.getLogger(__name__)
 
 # A short conversation: encoding it takes 0.2 ms (English) to 1 ms (digits), and handing it over 0.2 ms or more. The
 # characters are those of its JSON.
@@ -64,7 +62,8 @@ class ChatTokenizer:
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
-        self._literals = None if parse_special_tokens else LiteralSpecialTokens(self.backend, self._example())
+        self.template = ChatTemplate(tokenizer)
+        self._literals = None if parse_special_tokens else LiteralSpecialTokens(self.backend, self.template.example)
 
     @classmethod
     def load(cls, model: str, *, parse_special_tokens: bool = False) -> "ChatTokenizer":
@@ -95,8 +94,10 @@ class ChatTokenizer:
 
     def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
-        InvalidRequest: a bias for a token that the model does not have.
+        InvalidRequest: a bias for a token that the model does not have, or tools that it cannot choose to call.
         """
+        if request.usable_tools and not request.max_forced_calls:
+            self._check_free_calls()
         for token_id in request.logit_bias or {}:
             if int(token_id) >= self.vocab_size:
                 raise InvalidRequest(
@@ -105,51 +106,51 @@ class ChatTokenizer:
                     param="logit_bias",
                 )
 
-    async def encode_chat(self, messages: list[Message], limits: ContextLimits) -> list[int]:
-        """The prompt's token ids, ending where the assistant's answer begins.
+    def _check_free_calls(self) -> None:
+        if not self.template.is_hermes:
+            raise InvalidRequest(
+                "Invalid value for tools: this model's chat template takes none, so it cannot choose to call one. "
+                'With tool_choice "required", or with the name of one, it is made to.',
+                param="tools",
+            )
+
+    async def encode_chat(
+        self, messages: list[Message], limits: ContextLimits, tools: Sequence[Tool] = ()
+    ) -> list[int]:
+        """The prompt's token ids, ending where the assistant's answer begins. tools: those that the model may call.
 
         Raises:
             InvalidRequest: the template does not take these messages. ContextLengthExceeded: too many tokens.
         """
-        if _is_short(messages):
-            token_ids = self._encode(messages, limits)
+        if _is_short(messages, tools):
+            token_ids = self._encode(messages, limits, tools)
         else:
             loop = asyncio.get_running_loop()
-            token_ids = await loop.run_in_executor(self._thread, self._encode, messages, limits)
+            token_ids = await loop.run_in_executor(self._thread, self._encode, messages, limits, tools)
         limits.check_prompt(len(token_ids))
         return token_ids
 
-    def _encode(self, messages: list[Message], limits: ContextLimits) -> list[int]:
-        conversation = [_for_template(message) for message in messages]
-        prompt = self._render(conversation)
+    def _encode(self, messages: list[Message], limits: ContextLimits, tools: Sequence[Tool]) -> list[int]:
+        conversation, offered = self.template.conversation(messages, tools), template_tools(tools)
+        prompt = self.template.render(conversation, offered)
         if len(prompt) > limits.max_input_tokens * self._longest_token:  # not worth a tokenizer's time
             raise limits.exceeded(
                 f"Your messages make a prompt of {len(prompt)} characters, at least "
                 f"{len(prompt) // self._longest_token} tokens."
             )
-        if self._literals and (marked := self._literals.marked(conversation)) != conversation:
-            return self._literals.encode(self._render_marked(marked, prompt))
+        if self._literals:
+            marked = self._literals.marked(conversation), self._literals.marked_tools(offered)
+            if marked != (conversation, offered):
+                return self._literals.encode(self._render_marked(*marked, prompt))
         # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
         # transformers' own `tokenize=True` does beyond this is to note the characters' offsets.
         (encoding,) = self.backend.encode_batch_fast([prompt], add_special_tokens=False)
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def _render(self, conversation: list[dict[str, Any]]) -> str:
-        try:
-            prompt = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(
-                f"The model's chat template does not take these messages: {error}.", param="messages"
-            ) from error
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            logger.warning("the chat template failed", exc_info=True)
-            raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
-        return cast("str", prompt)
-
-    def _render_marked(self, marked: list[dict[str, Any]], prompt: str) -> str:
+    def _render_marked(self, marked: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: str) -> str:
         """Raises: InvalidRequest, if that is another prompt: the template looks for special tokens in the messages."""
-        marked_prompt = self._render(marked)
+        marked_prompt = self.template.render(marked, tools)
         if marked_prompt.replace(MARK, "") != prompt:
             raise InvalidRequest(
                 "The messages contain a special token of the model, which its chat template does not take as text.",
@@ -157,31 +158,14 @@ class ChatTokenizer:
             )
         return marked_prompt
 
-    def _example(self) -> str:
-        """A prompt; "" where the template does not take one word of a user."""
-        with contextlib.suppress(InvalidRequest):
-            return self._render([{"role": "user", "content": "x"}])
-        return ""
 
-
-def _is_short(messages: list[Message]) -> bool:
+def _is_short(messages: list[Message], tools: Sequence[Tool]) -> bool:
     """Whether all the text that a template may render is short, such as the arguments of tools."""
+    texts: list[Message | Tool] = [*messages, *tools]
     return (
-        len(messages) <= SHORT_MESSAGES
-        and sum(len(message.model_dump_json(exclude_none=True)) for message in messages) <= SHORT_CHARACTERS
+        len(texts) <= SHORT_MESSAGES
+        and sum(len(text.model_dump_json(exclude_none=True)) for text in texts) <= SHORT_CHARACTERS
     )
-
-
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: text in one string, "developer" under its older name "system"."""
-    entry = message.model_dump(exclude_none=True)
-    content = message.content
-    if isinstance(content, list):
-        content = "\n".join(part.text for part in content)
-    entry["content"] = content if content is not None else ""
-    if entry["role"] == "developer":
-        entry["role"] = "system"
-    return entry
 
 
 def _transformers_without_torch() -> Any:

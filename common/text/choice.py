@@ -13,7 +13,8 @@ from common.sampling import engine_request
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.detokenizer import TokenBytes, detokenize
 from common.text.generated_text import GeneratedText
-from common.wire import EngineChunk, EngineRequest, LogprobEntry, ProcessorChunk, TokenLogprob
+from common.text.tool_calls import PlainTextReader, TextReader, forced_calls_reader, hermes_reader
+from common.wire import EngineChunk, EngineRequest, FinishReason, LogprobEntry, ProcessorChunk, TokenLogprob
 
 T = TypeVar("T")
 _QUEUE_LENGTH = 16
@@ -37,6 +38,7 @@ class Choice:
         self._token_ids: list[int] = []
         self._logprobs: list[LogprobEntry] | None = None
         self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings)
+        self._reader = _reader_for(request)
 
     def engine_request(self, token_ids: list[int]) -> EngineRequest:
         """What an engine is asked for this choice. token_ids: of the prompt."""
@@ -61,7 +63,7 @@ class Choice:
         if self.num_tokens > self.max_tokens:
             raise BadUpstream("The engine sent more tokens than it was asked for.")
         self.is_finished = chunk.finish_reason is not None
-        return chunk if chunk.content or chunk.logprobs or self.is_finished else None
+        return chunk if chunk.has_content or self.is_finished else None
 
     def _accumulated(self, data: EngineChunk) -> ProcessorChunk:
         self._token_ids += data.token_ids
@@ -71,7 +73,7 @@ class Choice:
         if data.finish_reason is None:
             return ProcessorChunk()
         content = detokenize(self._tokenizer.backend, self._token_ids)
-        return ProcessorChunk(self.index, content, data.finish_reason, self._logprobs)
+        return self._read(content, self._logprobs, data.finish_reason)
 
     def _piece(self, data: EngineChunk) -> ProcessorChunk:
         content = self._text.push(data.token_ids)
@@ -80,13 +82,32 @@ class Choice:
         if self._text.stopped is None and data.finish_reason is not None:
             content += self._text.finish()
         finish_reason = data.finish_reason if self._text.stopped is None else "stop"
-        return ProcessorChunk(self.index, content, finish_reason, logprobs)
+        return self._read(content, logprobs, finish_reason)
+
+    def _read(
+        self, text: str, logprobs: list[LogprobEntry] | None, finish_reason: FinishReason | None
+    ) -> ProcessorChunk:
+        """What comes next of the text, as content and as calls of tools."""
+        chunk = self._reader.push(text)
+        if finish_reason is not None:
+            chunk.add(self._reader.flush())
+        chunk.index, chunk.logprobs = self.index, logprobs
+        has_called = finish_reason == "stop" and self._reader.has_called
+        chunk.finish_reason = "tool_calls" if has_called else finish_reason
+        return chunk
 
     def _logprob_entries(self, data: EngineChunk, num_tokens: int) -> list[LogprobEntry] | None:
         if self._request.num_top_logprobs is None:
             return None
         token_bytes, hidden_ids = self._tokenizer.token_bytes, self._tokenizer.hidden_ids
         return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, hidden_ids)
+
+
+def _reader_for(request: ChatCompletionRequest) -> TextReader:
+    names = [tool.name for tool in request.usable_tools]
+    if not names:
+        return PlainTextReader()
+    return forced_calls_reader(names) if request.max_forced_calls else hermes_reader(names)
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 
 # Noncharacters, which are in no text, and in an order that nobody outside can know.
 MARK = "".join(secrets.choice([chr(code) for code in range(0xFDD0, 0xFDF0)]) for _ in range(8))
-_TEMPLATES_OWN = ("role", "type")  # fields of a message that are no client's text
+_TEMPLATES_OWN = ("role", "type")  # fields whose words templates compare
 
 
 class LiteralSpecialTokens:
@@ -41,6 +41,10 @@ class LiteralSpecialTokens:
             for message in conversation
         ]
 
+    def marked_tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        marked: list[dict[str, Any]] = self._in_others.marked(tools)
+        return marked
+
     def encode(self, marked_prompt: str) -> list[int]:
         (encoding,) = self._encoder.encode_batch_fast([marked_prompt], add_special_tokens=False)
         token_ids: list[int] = encoding.ids
@@ -60,9 +64,12 @@ class _Marker:
         self._inner_beginnings = tuple({token[1:-1][:8] for token in long})
 
     def marked(self, value: Any) -> Any:
-        """A message, or a part of one, with marks in all its texts."""
+        """A message, a tool, or a part of one, with marks in all its texts, keys included: those are clients', too."""
         if isinstance(value, dict):
-            return {key: part if key in _TEMPLATES_OWN else self.marked(part) for key, part in value.items()}
+            return {
+                key if key.isidentifier() else self._marked_text(key): part if _is_own(key, part) else self.marked(part)
+                for key, part in value.items()
+            }
         if isinstance(value, list):
             return [self.marked(part) for part in value]
         return self._marked_text(value) if isinstance(value, str) else value
@@ -74,6 +81,10 @@ class _Marker:
             for beginning in found:  # where they overlap, some are left for the next time
                 text = text.replace(beginning, _with_mark(beginning))
         return text
+
+
+def _is_own(key: str, value: Any) -> bool:
+    return key in _TEMPLATES_OWN and isinstance(value, str) and value.isidentifier()
 
 
 def _with_mark(text: str) -> str:

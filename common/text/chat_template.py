@@ -1,0 +1,155 @@
+"""A model's own chat template: messages and tools to a prompt.
+
+What a template makes of tools is told from what it renders, never from a model's name.
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import jinja2
+
+from common.errors import InvalidRequest
+from common.openai.request import Message
+from common.openai.tools import Tool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# What a template raises that was not written for what it is given.
+_FAILURES = (TypeError, KeyError, AttributeError, ValueError, RecursionError)
+_QUESTION = {"role": "user", "content": "x"}
+_NAME, _ARGUMENTS = "tried_function", {"tried_argument": "x"}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "x",
+        "parameters": {
+            "type": "object",
+            "properties": {"tried_argument": {"type": "string", "description": "x"}},
+            "required": ["tried_argument"],
+        },
+    },
+}
+_HERMES_CALL = re.compile(r'<tool_call>\s*\{\s*"(name|arguments)"')
+
+
+class ChatTemplate:
+    """takes_tools: whether a prompt tells the model of the request's tools.
+
+    takes_calls: whether a prompt has the calls of earlier turns. is_hermes: whether it writes them in Hermes' form, as
+    the model then does.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer = tokenizer
+        self.example = self._tried([_QUESTION])
+        self.takes_tools = _NAME in self._tried([_QUESTION], [_TOOL])
+        # Some templates concatenate the arguments' JSON instead of writing it.
+        self._are_arguments_text = _NAME not in self._tried(_called_with(_ARGUMENTS))
+        called = self._tried(_called_with(json.dumps(_ARGUMENTS) if self._are_arguments_text else _ARGUMENTS))
+        self.takes_calls = _NAME in called
+        self.is_hermes = _HERMES_CALL.search(called) is not None
+
+    def render(self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The prompt, ending where the assistant's answer begins.
+
+        Raises:
+            InvalidRequest: the template does not take these messages.
+        """
+        try:
+            return self._rendered(conversation, tools)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(
+                f"The model's chat template does not take these messages: {error}.", param="messages"
+            ) from error
+        except _FAILURES as error:
+            logger.warning("the chat template failed", exc_info=True)
+            raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
+
+    def _rendered(self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        prompt = self._tokenizer.apply_chat_template(
+            conversation, tools=tools or None, tokenize=False, add_generation_prompt=True
+        )
+        return cast("str", prompt)
+
+    def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
+        """Messages as the template expects them. Where it has no place for tools, a system message tells of them."""
+        entries = [self._entry(message) for message in messages]
+        return entries if self.takes_tools or not tools else _with_system_text(_introduction(tools), entries)
+
+    def _entry(self, message: Message) -> dict[str, Any]:
+        """Text in one string, "developer" under its older name "system"."""
+        entry = message.model_dump(exclude_none=True)
+        content = message.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        entry["content"] = content if content is not None else ""
+        if entry["role"] == "developer":
+            entry["role"] = "system"
+        if "tool_calls" in entry:
+            self._put_calls(entry)
+        return entry
+
+    def _put_calls(self, entry: dict[str, Any]) -> None:
+        """Their arguments as the template wants them. One without a place for calls gets them as they are forced."""
+        functions = [call["function"] for call in entry["tool_calls"]]
+        if not self.takes_calls:
+            calls = json.dumps([_parsed(function) for function in functions], ensure_ascii=False)
+            entry["content"] = f"{entry['content']}\n{calls}".lstrip("\n")
+            del entry["tool_calls"]
+        elif not self._are_arguments_text:
+            for call in entry["tool_calls"]:
+                call["function"] = _parsed(call["function"])
+
+    def _tried(self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        """The prompt; "" where the template does not take it."""
+        with contextlib.suppress(jinja2.TemplateError, *_FAILURES):
+            return self._rendered(conversation, tools)
+        return ""
+
+
+def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As templates expect them."""
+    return [tool.model_dump(exclude_unset=True) for tool in tools]
+
+
+def _called_with(arguments: Any) -> list[dict[str, Any]]:
+    """A conversation in which a tool was called. The id is one that every template takes."""
+    call = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
+    return [
+        _QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": _NAME, "tool_call_id": "call00001", "content": "x"},
+    ]
+
+
+def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+    """The arguments' JSON as an object; as it is where it is none, which a model may have written."""
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return function
+    return {**function, "arguments": arguments} if isinstance(arguments, dict) else function
+
+
+def _introduction(tools: Sequence[Tool]) -> str:
+    functions = [tool.function.model_dump(exclude_unset=True, exclude={"strict"}) for tool in tools]
+    return (
+        "You can call these functions:\n"
+        + "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
+        + '\nAnswer with a JSON array of calls: [{"name": "...", "arguments": {...}}]'
+    )
+
+
+def _with_system_text(text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if entries[0]["role"] != "system":
+        return [{"role": "system", "content": text}, *entries]
+    first = entries[0]
+    return [{**first, "content": f"{first['content']}\n\n{text}"}, *entries[1:]]

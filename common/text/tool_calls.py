@@ -1,0 +1,230 @@
+"""Tool calls in a model's text, read as they are written: what is no part of a call is the answer's content.
+
+    <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>     Hermes' form, Qwen's as well
+    [{"name": "weather", "arguments": {"city": "Rome"}}, ...]                     what a grammar forces
+
+A reader is pushed pieces of text and says what they complete: any cut of a text gives the same content and the same
+calls. A call's name comes first, once it is that of a tool, then its arguments as the model writes them, character
+for character. What only looks like a call is content, unchanged. White space around calls is dropped.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Set
+from functools import reduce
+from typing import Any, Protocol
+
+from common.wire import ProcessorChunk, ToolCallDelta
+
+# White space is bounded here, so that no text makes a search slow.
+_SPACE = r"\s{0,99}"
+_BEGINNING = re.compile(
+    rf'\{{{_SPACE}"name"{_SPACE}:{_SPACE}"([\w-]{{1,64}})"{_SPACE},{_SPACE}"(?:arguments|parameters)"{_SPACE}:{_SPACE}(?={{)'
+)
+
+
+class TextReader(Protocol):
+    """Makes chunks of an answer from its text, in pieces: content, calls of tools, or both."""
+
+    @property
+    def has_called(self) -> bool:
+        """Whether the text has called tools, and the last of these calls is whole."""
+
+    def push(self, text: str) -> ProcessorChunk:
+        """What the next piece of the text makes final."""
+
+    def flush(self) -> ProcessorChunk:
+        """What was held back, when the text has ended."""
+
+
+class PlainTextReader:
+    """All of the text is content."""
+
+    has_called = False
+
+    def push(self, text: str) -> ProcessorChunk:
+        return ProcessorChunk(content=text)
+
+    def flush(self) -> ProcessorChunk:
+        return ProcessorChunk()
+
+
+class ToolCallReader:
+    """Reads calls one after the other, and what is around them.
+
+    names: of the tools there are. openings: what comes before a call's brace. closing: what comes behind a call.
+    """
+
+    def __init__(self, names: Iterable[str], openings: Iterable[str], closing: str) -> None:
+        self._names = frozenset(names)
+        self._opening = re.compile(rf"{_SPACE}(?:{'|'.join(map(re.escape, openings))}){_SPACE}(?={{)")
+        self._unfinished_opening = re.compile(rf"{_SPACE}(?:{'|'.join(map(_prefixes_of, openings))})?\Z")
+        self._closing = closing
+        self._held = self._opened_by = ""
+        self._call: _Call | None = None
+        self._is_behind_call = False
+        self._num_calls = 0
+
+    @property
+    def has_called(self) -> bool:
+        return self._num_calls > 0 and self._call is None
+
+    def push(self, text: str) -> ProcessorChunk:
+        chunk = ProcessorChunk()
+        self._held += text
+        is_more = True
+        while is_more:
+            is_more = self._read_text(chunk) if self._call is None else self._read_call(self._call, chunk)
+        return chunk
+
+    def flush(self) -> ProcessorChunk:
+        chunk = ProcessorChunk()
+        if self._call is not None and not self._call.is_begun:
+            self._add_content(self._opened_by + self._call.text, chunk)
+            self._call = None
+        elif not (self._is_behind_call and self._closing.startswith(self._held)):
+            self._add_content(self._held, chunk)
+        return chunk
+
+    def _read_text(self, chunk: ProcessorChunk) -> bool:
+        """Up to the beginning of a call, and whether there is one, or something else to go on with."""
+        if self._is_behind_call:
+            self._held = self._held.lstrip()
+            if self._held.startswith(self._closing):
+                self._held = self._held.removeprefix(self._closing)
+                return True
+            if self._closing.startswith(self._held):
+                return False
+        opening = self._opening.search(self._held)
+        stop = opening or self._unfinished_opening.search(self._held)
+        assert stop is not None  # the second pattern matches nothing at the end, at least
+        self._add_content(self._held[: stop.start()], chunk)
+        self._held = self._held[stop.start() :]
+        if opening is not None:
+            self._opened_by, self._held = opening[0], self._held[len(opening[0]) :]
+            self._call = _Call(self._num_calls, self._names)
+        return opening is not None
+
+    def _read_call(self, call: "_Call", chunk: ProcessorChunk) -> bool:
+        """Up to the end of the call, and whether there is one."""
+        self._held = call.push(self._held, chunk)
+        if not call.is_ended:
+            return False
+        self._call = None
+        if call.is_begun:
+            self._num_calls += 1
+            self._is_behind_call = True
+        else:
+            self._add_content(self._opened_by + call.text, chunk)
+        return True
+
+    def _add_content(self, text: str, chunk: ProcessorChunk) -> None:
+        chunk.content += text
+        self._is_behind_call = self._is_behind_call and not text
+
+
+def hermes_reader(names: Iterable[str]) -> ToolCallReader:
+    """For what models write that were trained on Hermes' form."""
+    return ToolCallReader(names, ["<tool_call>"], "</tool_call>")
+
+
+def forced_calls_reader(names: Iterable[str]) -> ToolCallReader:
+    """For the JSON array of calls that a grammar forces."""
+    return ToolCallReader(names, ["[", ","], "]")
+
+
+def _prefixes_of(text: str) -> str:
+    """A pattern for the beginnings of a text, and for white space behind the whole of it."""
+    return reduce(lambda rest, character: f"{re.escape(character)}(?:{rest})?", reversed(text), _SPACE)
+
+
+class _Call:
+    """One call, from its opening brace to the closing one.
+
+    index: its place among the answer's calls. names: of the tools. text: what was pushed until the call began:
+    all that there is of one that ends without having begun, which is no call.
+    """
+
+    def __init__(self, index: int, names: Set[str]) -> None:
+        self._index, self._names = index, names
+        self._brackets = _Brackets()
+        self._are_arguments_ended = False
+        self.text = ""
+        self.is_begun = self.is_ended = False
+
+    def push(self, text: str, chunk: ProcessorChunk) -> str:
+        """Adds what the text completes to the chunk, and returns the text behind the call."""
+        if self.is_begun:
+            return self._push_arguments(text, chunk)
+        self.text += text
+        if (beginning := _BEGINNING.match(self.text)) and beginning[1] in self._names:
+            self._begin(beginning[1], chunk)
+            self._brackets = _Brackets(depth=1)
+            return self._push_arguments(self.text[beginning.end() :], chunk)
+        return self._push_until_end(text, chunk)
+
+    def _begin(self, name: str, chunk: ProcessorChunk) -> None:
+        self.is_begun = True
+        chunk.tool_calls.append(ToolCallDelta(self._index, name))
+
+    def _push_arguments(self, text: str, chunk: ProcessorChunk) -> str:
+        if not self._are_arguments_ended:
+            arguments, text, self._are_arguments_ended = self._brackets.cut(text, depth=1)
+            if arguments:
+                chunk.tool_calls.append(ToolCallDelta(self._index, arguments=arguments))
+        if self._are_arguments_ended:
+            _, text, self.is_ended = self._brackets.cut(text, depth=0)
+        return text
+
+    def _push_until_end(self, text: str, chunk: ProcessorChunk) -> str:
+        """An object with its keys in another order, or another object: only its end shows what it is."""
+        _, behind, self.is_ended = self._brackets.cut(text, depth=0)
+        self.text = self.text[: len(self.text) - len(behind)]
+        name, arguments = _name_and_arguments(self.text) if self.is_ended else ("", "")
+        if name in self._names:
+            self._begin(name, chunk)
+            chunk.tool_calls.append(ToolCallDelta(self._index, arguments=arguments))
+        return behind
+
+
+def _name_and_arguments(text: str) -> tuple[str, str]:
+    """Of a whole call; both "" where it is none. Some models write the arguments' JSON as a string, or leave it out."""
+    try:
+        call: Any = json.loads(text)
+        arguments = call.get("arguments", call.get("parameters")) or {}
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        if isinstance(arguments, dict) and isinstance(call["name"], str):
+            return call["name"], json.dumps(arguments, ensure_ascii=False)
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        pass
+    return "", ""
+
+
+class _Brackets:
+    """The brackets of JSON that comes in pieces. depth: how many are open."""
+
+    def __init__(self, depth: int = 0) -> None:
+        self._depth = depth
+        self._is_in_string = self._is_escaped = False
+
+    def cut(self, text: str, *, depth: int) -> tuple[str, str, bool]:
+        """The text up to where a bracket closes and leaves no more than `depth` open, the rest, and whether one does.
+
+        JSON has no "<" outside of a string: a tag ends all that was left open.
+        """
+        for position, character in enumerate(text):
+            if self._is_in_string:
+                self._is_in_string = self._is_escaped or character != '"'
+                self._is_escaped = character == "\\" and not self._is_escaped
+            elif character == '"':
+                self._is_in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= depth:
+                    return text[: position + 1], text[position + 1 :], True
+            elif character == "<":
+                return text[:position], text[position:], True
+        return text, "", False

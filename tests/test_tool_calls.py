@@ -1,0 +1,184 @@
+"""Tool calls read from a model's text: any cut of the text gives the same, and SGLang's parser agrees."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.hermes_detector import HermesDetector
+
+from common.text.tool_calls import ToolCallReader, forced_calls_reader, hermes_reader
+from common.wire import ProcessorChunk
+from tests.tokenizers_for_tests import few_examples
+
+NAMES = ("weather", "get-time", "f")
+TOOLS = [Tool(type="function", function=Function(name=name)) for name in NAMES]
+READERS = {"hermes": hermes_reader, "forced": forced_calls_reader}
+ROME = '{"name": "weather", "arguments": {"city": "Rome"}}'
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('ab"\\{}[]<>\n é👍', max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('k{"<', max_size=2), inner, max_size=3),
+    max_leaves=6,
+)
+arguments = st.dictionaries(st.text('ab"\\}<', max_size=3), values, max_size=3)
+contents = st.text("ab <>{}\n[,]é", max_size=8)
+
+
+@dataclass
+class Read:
+    """What a reader made of a text. deltas: each in the order it came."""
+
+    content: str
+    calls: list[tuple[str, str]]
+    deltas: list[tuple[int, str | None, str]]
+    has_called: bool
+
+
+def read(reader: ToolCallReader, pieces: Iterable[str]) -> Read:
+    whole = ProcessorChunk()
+    for piece in pieces:
+        whole.add(reader.push(piece))
+    whole.add(reader.flush())
+    calls: list[tuple[str, str]] = []
+    for delta in whole.tool_calls:
+        if delta.name is not None:
+            assert (delta.index, delta.arguments) == (len(calls), ""), "the name comes first, and alone"
+            calls.append((delta.name, ""))
+        assert delta.index == len(calls) - 1
+        calls[delta.index] = (calls[delta.index][0], calls[delta.index][1] + delta.arguments)
+    deltas = [(delta.index, delta.name, delta.arguments) for delta in whole.tool_calls]
+    return Read(whole.content, calls, deltas, reader.has_called)
+
+
+def cuts(text: str) -> st.SearchStrategy[list[str]]:
+    positions = st.lists(st.integers(0, len(text)), max_size=8).map(sorted)
+    return positions.map(lambda cut: [text[a:b] for a, b in pairwise([0, *cut, len(text)])])
+
+
+@st.composite
+def called(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    return draw(st.sampled_from(NAMES)), draw(arguments)
+
+
+@st.composite
+def texts_of_hermes(draw: st.DrawFn) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """As models write them: some text, then calls, one below the other; and these calls."""
+    calls = draw(st.lists(called(), min_size=1, max_size=3))
+    space = draw(st.sampled_from(["", "\n", " "]))
+    names = draw(st.sampled_from([("name", "arguments"), ("arguments", "name")]))
+    written = [
+        json.dumps({key: {"name": name, "arguments": args}[key] for key in names}, ensure_ascii=draw(st.booleans()))
+        for name, args in calls
+    ]
+    before = draw(st.text("ab .é", max_size=6))
+    return before + "\n".join(f"<tool_call>{space}{call}{space}</tool_call>" for call in written), calls
+
+
+@few_examples
+@given(given_text=texts_of_hermes(), data=st.data())
+def test_any_cut_gives_what_sglang_makes_of_the_whole(
+    given_text: tuple[str, list[tuple[str, dict[str, Any]]]], data: st.DataObject
+) -> None:
+    text, calls = given_text
+    oracle = HermesDetector().detect_and_parse(text, TOOLS)
+    assert [(call.name, json.loads(call.parameters)) for call in oracle.calls] == calls
+    for pieces in ([text], list(text), data.draw(cuts(text))):
+        found = read(hermes_reader(NAMES), pieces)
+        assert [(name, json.loads(args)) for name, args in found.calls] == calls
+        assert found.content.strip() == oracle.normal_text
+        assert found.has_called
+
+
+@few_examples
+@given(
+    parts=st.lists(
+        contents | st.sampled_from(["<tool_call>", "</tool_call>", "<tool_call>\n", ROME, ROME[:30], '"f"', "}", "["]),
+        max_size=8,
+    ),
+    data=st.data(),
+)
+@pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
+def test_any_cut_of_any_text_gives_the_same(
+    reader: Callable[[Iterable[str]], ToolCallReader], parts: list[str], data: st.DataObject
+) -> None:
+    text = "".join(parts)
+    whole = read(reader(NAMES), [text])
+    for pieces in (list(text), data.draw(cuts(text))):
+        found = read(reader(NAMES), pieces)
+        assert (found.content, found.calls, found.has_called) == (whole.content, whole.calls, whole.has_called)
+
+
+@few_examples
+@given(text=contents)
+def test_a_text_without_calls_is_content_to_the_letter(text: str) -> None:
+    assert read(hermes_reader(NAMES), list(text)).content == text
+
+
+@few_examples
+@given(calls=st.lists(called(), min_size=1, max_size=3), data=st.data())
+def test_a_forced_array_is_calls_and_nothing_else(calls: list[tuple[str, dict[str, Any]]], data: st.DataObject) -> None:
+    separators = data.draw(st.sampled_from([(",", ":"), (", ", ": ")]))
+    text = json.dumps([{"name": name, "arguments": args} for name, args in calls], separators=separators)
+    found = read(forced_calls_reader(NAMES), data.draw(cuts(text)))
+    assert [(name, json.loads(args)) for name, args in found.calls] == calls
+    assert (found.content, found.has_called) == ("", True)
+
+
+def test_the_name_comes_as_soon_as_it_is_sure_and_arguments_as_they_are_made() -> None:
+    reader = hermes_reader(NAMES)
+    pieces = ['<tool_call>{"name": "weather", "arguments": ', '{"city"', ': "Ro', 'me"}', "}</tool_call>"]
+    made = [[(delta.name, delta.arguments) for delta in reader.push(piece).tool_calls] for piece in pieces]
+    assert made == [[], [("weather", ""), (None, '{"city"')], [(None, ': "Ro')], [(None, 'me"}')], []]
+
+
+NO_CALLS = [
+    "<tool_call>",
+    "<tool_call> I would write <tool_call>\n",
+    '<tool_call>{"name": "unknown", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "f", "arguments": 7}</tool_call> and then',
+    '<tool_call>{"name": "f", ',
+    "<tool_call>[1]</tool_call>",
+    "</tool_call>",
+    " \n ",
+]
+
+
+@pytest.mark.parametrize("text", NO_CALLS)
+def test_what_only_looks_like_a_call_is_content(text: str) -> None:
+    found = read(hermes_reader(NAMES), list(text))
+    assert (found.content, found.calls, found.has_called) == (text, [], False)
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "call"),
+    [
+        ('<tool_call>{"arguments": "{\\"a\\": 1}", "name": "f"}</tool_call>', "", ("f", '{"a": 1}')),
+        ('<tool_call>{"name": "f"}</tool_call>', "", ("f", "{}")),
+        ('<tool_call>{"name": "f", "parameters": {"a": 1}, "id": 7}</tool_call>', "", ("f", '{"a": 1}')),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', "", ("f", '{"a": 1}')),  # a brace too few
+        ('A\n<tool_call>{"name": "f", "arguments": {}}</tool_call>\nB', "AB", ("f", "{}")),
+        ('<tool_call>{"name": "f", "arguments": {}} B', "B", ("f", "{}")),
+    ],
+)
+def test_what_models_make_of_the_form_is_understood(text: str, content: str, call: tuple[str, str]) -> None:
+    found = read(hermes_reader(NAMES), list(text))
+    assert (found.content, found.calls, found.has_called) == (content, [call], True)
+
+
+def test_a_call_that_is_cut_off_is_no_finished_call() -> None:
+    found = read(hermes_reader(NAMES), [f"<tool_call>{ROME}</tool_call><tool_call>{ROME[:-5]}"])
+    assert [args for _, args in found.calls] == ['{"city": "Rome"}', '{"city": "Ro']
+    assert not found.has_called
+
+
+def test_white_space_without_an_end_does_not_stall() -> None:
+    reader = hermes_reader(NAMES)
+    for _ in range(20_000):
+        reader.push("    ")
+    assert reader.flush().content
