@@ -38,7 +38,7 @@ def echo(infra: Infra, tmp_path_factory: pytest.TempPathFactory, embedded_model:
     folder = tmp_path_factory.mktemp("tools")
     pipeline = Pipeline(infra, folder)
     with running(pipeline):
-        pipeline.fake_engine("--echo")
+        pipeline.fake_engine("--echo", "--can-constrain")
         pipeline.processor()
         pipeline.script(
             "processor.py", "--model", str(make_hermes_model(folder / HERMES)), "--served-model-name", HERMES
@@ -150,6 +150,39 @@ def test_without_tools_to_call_a_text_is_a_text(client: httpx.Client, fields: di
 def test_a_model_whose_template_has_no_tools_cannot_choose(client: httpx.Client, fields: dict[str, Any]) -> None:
     error = error_of(client.post("/v1/chat/completions", json=saying("Hi!", model=MODEL, **fields)), 400)
     assert error["param"] == "tools"
+    assert "required" in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize("model", [HERMES, MODEL])
+def test_forced_calls_are_read_whatever_the_model(client: httpx.Client, model: str, choice: Any) -> None:
+    """The echo is what a grammar would have let through."""
+    text = f'[{{"name":"weather","arguments":{{"city":"{CITIES[1]}"}}}}, {{"name": "weather", "arguments": {{}}}}]'
+    body = saying(text, model=model, tool_choice=choice)
+    stream, whole = ask_stream(client, body), choice_of(client, body)
+    assert stream.finish_reasons == {0: whole["finish_reason"]} == {0: "tool_calls"}
+    assert whole["message"]["content"] is None
+    assert stream.contents == {0: ""}
+    arguments = [call["function"]["arguments"] for call in whole["message"]["tool_calls"]]
+    assert arguments == [f'{{"city":"{CITIES[1]}"}}', "{}"]
+    assert [call["function"]["arguments"] for call in stream.tool_calls[0]] == arguments
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "strange"}}}, "strange"),
+        ({"$ref": "#/$defs/nowhere"}, "points to nothing"),
+        ({"$ref": "#"}, "no answer could end"),
+        ({"enum": list(range(1001))}, "more than 1000 values"),
+    ],
+)
+def test_a_schema_that_no_grammar_is_made_of_is_a_400(client: httpx.Client, parameters: Any, words: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    body = saying("Hi!", tools=[WEATHER, tool], tool_choice="required")
+    error = error_of(client.post("/v1/chat/completions", json=body), 400)
+    assert error["param"].startswith("tools")
+    assert words in error["message"]
 
 
 FUNCTION = WEATHER["function"]
@@ -170,6 +203,7 @@ FUNCTION = WEATHER["function"]
         ({"tool_choice": "required", "tools": None}, "tool_choice"),
         ({"tool_choice": NAMED, "tools": []}, "tool_choice"),
         ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
 def test_a_bad_tool_is_a_400_that_names_it(client: httpx.Client, fields: dict[str, Any], param: str) -> None:
