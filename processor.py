@@ -18,6 +18,7 @@ from common.dynamo.failover import CallLimits, FailoverClient
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
 from common.openai.request import ChatCompletionRequest
+from common.routing.ask_router import AskRouter
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.choice import Choice, merged
 from common.text.grammar_check import check_grammar
@@ -80,13 +81,16 @@ class RequestHandler:
 
 @dynamo_worker(static=False)
 async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: ChatTokenizer) -> None:
-    client = await runtime.namespace("inference").component("engine").endpoint("generate").client()
+    namespace = runtime.namespace("inference")
+    client = await namespace.component("engine").endpoint("generate").client()
     engines = EngineDirectory(client, tokenizer.model)
     metrics = await runtime.metrics("processor")
     # Calls another engine when one fails, which goes on where the first one broke.
     engine_client = FailoverClient(client, engines, ENGINE_ANSWERS, metrics, CallLimits(wait_s=args.engine_wait_s))
+    # Which engine, says the router, where there is one.
+    engine_client.choose = AskRouter(await namespace.component("router").endpoint("find_worker").client())
 
-    component = runtime.namespace("inference").component("processor")
+    component = namespace.component("processor")
     await component.create_service()
     description = ProcessorDescription(args.model_names, created=int(time.time()))
     handler = RequestHandler(engine_client, engines, tokenizer, description)

@@ -1,8 +1,8 @@
-"""The command lines of frontend.py and processor.py."""
+"""The command lines of frontend.py, processor.py and router.py."""
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 ENVIRONMENT = """\
@@ -169,3 +169,38 @@ def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
     args = parser.parse_args(argv)
     model_names = args.served_model_name or [args.model]
     return ProcessorArgs(args.model, model_names, args.engine_wait, args.parse_special_tokens)
+
+
+@dataclass(frozen=True)
+class RouterArgs:
+    """temperature: 0 for the worker with the lowest cost, always."""
+
+    policy: str
+    temperature: float
+
+
+def parse_router_args(policies: Iterable[str], argv: Sequence[str] | None = None) -> RouterArgs:
+    """policies: by their names, the default first."""
+    names = list(policies)
+    parser = argparse.ArgumentParser(
+        prog="router.py",
+        description="Serves inference/router/find_worker: tells processors which engine shall answer a prompt.",
+        epilog=ENVIRONMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--policy",
+        choices=names,
+        default=names[0],
+        help="kv: the engine with the least to compute, what it has cached left out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=_positive(float),
+        default=0.0,
+        metavar="T",
+        help="choose at random, the more evenly the higher: at 1 the best engine is 2.7 times as likely as the worst "
+        "(default: 0, always the best)",
+    )
+    args = parser.parse_args(argv)
+    return RouterArgs(args.policy, args.temperature)

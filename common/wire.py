@@ -4,6 +4,9 @@
     processor -> frontend   {"content": ...}, then {"finish_reason": ..., "usage": ...}     ProcessorChunk
     processor -> engine     {"token_ids", "sampling_options", "stop_conditions", ...}       EngineRequest
     engine    -> processor  {"token_ids": [new ids]}, then {"finish_reason": ...}           EngineChunk
+    processor -> router     {"token_ids", "worker_ids"}                                   WorkerQuestion
+    router    -> processor  {"worker_id", "num_cached_tokens"}                            WorkerFound
+    engine    -> router     {"events": [...]}, what is cached and then each change        KvEvents
     either way              {"error": {"message", "type", "param", "code"}}
 
 These are the chapter's dicts. Everything beyond them has a default, so that a worker which only knows the chapter
@@ -28,6 +31,7 @@ InstanceId = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
 # Since a process received the request, in microseconds.
 Moment = Annotated[int, Meta(ge=0, lt=2**53)]
 DESCRIBE: dict[str, Any] = {"describe": True}
+KV_BLOCK_SIZE = 16  # tokens: what routers count caches and prompts in
 MAX_CALLS = 1024  # of one worker for one request, all choices and attempts counted
 
 
@@ -78,11 +82,68 @@ def is_constrained(request: dict[str, Any]) -> bool:
     return request.get("sampling_options", {}).get("json_schema") is not None
 
 
+class WorkerQuestion(msgspec.Struct, omit_defaults=True):
+    """Which of these workers shall answer the prompt? It is booked for as long as the stream of the answer is open."""
+
+    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    worker_ids: Annotated[list[int], Meta(min_length=1)]
+
+
+class WorkerFound(msgspec.Struct, omit_defaults=True):
+    """num_cached_tokens: of the prompt, found in that worker's cache."""
+
+    worker_id: int
+    num_cached_tokens: int = 0
+
+
+class RouterDescription(msgspec.Struct, omit_defaults=True):
+    """What a router says of itself when asked."""
+
+    policy: str
+
+
+class KvBlock(msgspec.Struct):
+    """block_hash: of the block and all before it. tokens_hash: of its own tokens. Both unsigned, 64 bits."""
+
+    block_hash: int
+    tokens_hash: int
+
+
+class BlocksStored(msgspec.Struct):
+    """Blocks of one sequence, in order. parent_hash: of the block before them; None where there is none."""
+
+    parent_hash: int | None
+    blocks: list[KvBlock]
+
+
+class BlocksRemoved(msgspec.Struct):
+    block_hashes: list[int]
+
+
+class KvEvent(msgspec.Struct, omit_defaults=True):
+    """A change of what an engine has cached, as Dynamo's index reads it."""
+
+    stored: BlocksStored | None = None
+    removed: BlocksRemoved | None = None
+
+
+class KvEvents(msgspec.Struct):
+    events: list[KvEvent]
+
+
+class RouteTrace(msgspec.Struct):
+    """How a router came to be followed. took_us: from the question to its answer."""
+
+    router: InstanceId
+    took_us: Moment
+    num_cached_tokens: int
+
+
 class CallTrace(msgspec.Struct, omit_defaults=True):
     """A call of one instance, as its caller saw it. `instance`: its id as etcd's key has it, in hexadecimal.
 
     first_us, last_us: when its first and its last dict came. is_broken: it ended midway, and another one was called.
-    stage: what it tells of itself.
+    route: how it was chosen, where a router chose it. stage: what it tells of itself.
     """
 
     instance: InstanceId
@@ -90,6 +151,7 @@ class CallTrace(msgspec.Struct, omit_defaults=True):
     first_us: Moment | None = None
     last_us: Moment | None = None
     is_broken: bool = False
+    route: RouteTrace | None = None
     stage: "HopTrace | None" = None
 
 
@@ -234,6 +296,16 @@ class Envelope(msgspec.Struct, omit_defaults=True):
         """Removes its keys from the request's dict."""
         request_id, traceparent = (str(request.pop(name, "")) for name in ("request_id", "traceparent"))
         return cls(request_id, traceparent, bool(request.pop("show_path", False)))
+
+
+def read_worker_question(data: Any) -> WorkerQuestion:
+    """Raises:
+    InvalidRequest: the dict is not such a question.
+    """
+    try:
+        return msgspec.convert(data, WorkerQuestion)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"This is not a question for a worker: {error}.") from error
 
 
 def read_engine_request(data: Any) -> EngineRequest:

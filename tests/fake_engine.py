@@ -3,6 +3,8 @@
 The token at position p of a sequence is `TOKEN_IDS[p % len]`, prompt included: so an answer that goes on elsewhere
 after a fault is the answer that would have been. With --echo the answer is the text of the last message, in SmolLM2's
 template, less its first SEED tokens, and an end-of-sequence token. Its faults are chosen on the command line.
+
+With --kv-events it has a cache of prompts, tells of it, and takes its time for each block that it has not cached.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import uvloop
 
 from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.observability.request_records import RequestPath
-from common.wire import EngineDescription, EngineRequest, Envelope, read_engine_request, to_wire
+from common.wire import KV_BLOCK_SIZE, EngineDescription, EngineRequest, Envelope, read_engine_request, to_wire
 
 logger = logging.getLogger("fake_engine")
 
@@ -55,12 +57,48 @@ def with_logprobs(token_ids: list[int], num_top: int | None) -> dict[str, Any]:
     return chunk
 
 
+class FakeCache:
+    """The blocks of prompts that were used last. Prompts are computed one after the other."""
+
+    def __init__(self, num_blocks: int, ms_per_block: float) -> None:
+        from common.routing.cached_blocks import CachedBlocks  # not on a Dynamo that is older than its index
+
+        self.told = CachedBlocks()
+        self._num_blocks, self._ms_per_block = num_blocks, ms_per_block
+        self._prefixes: dict[int, None] = {}  # the hashes, the one that is to go first in front
+        self._computing = asyncio.Lock()
+
+    async def compute(self, token_ids: list[int]) -> int:
+        """How many tokens were cached."""
+        async with self._computing:
+            ends = range(KV_BLOCK_SIZE, len(token_ids) + 1, KV_BLOCK_SIZE)
+            prefixes = {hash(tuple(token_ids[:end])): token_ids[end - KV_BLOCK_SIZE : end] for end in ends}
+            new = [prefix for prefix in prefixes if prefix not in self._prefixes]
+            await asyncio.sleep(self._ms_per_block * len(new) / 1000)
+            parent = None
+            for prefix, block in prefixes.items():
+                self.told.store(prefix, parent, block)
+                parent = prefix
+            for prefix in reversed(prefixes):  # a block goes before the one that it follows
+                self._prefixes.pop(prefix, None)
+                self._prefixes[prefix] = None
+            self.told.remove([self._pop() for _ in range(len(self._prefixes) - self._num_blocks)])
+            self.told.publish()
+            return (len(prefixes) - len(new)) * KV_BLOCK_SIZE
+
+    def _pop(self) -> int:
+        oldest = next(iter(self._prefixes))
+        del self._prefixes[oldest]
+        return oldest
+
+
 class FakeEngine:
     """Answers `generate` requests at a set pace. token_ids: what the answers are made of."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.num_running = 0
+        self.cache = FakeCache(args.cache_blocks, args.ms_per_block) if args.kv_events else None
         self.description = EngineDescription(
             "fake",
             context_length=args.context_length,
@@ -106,6 +144,9 @@ class FakeEngine:
         engine_request: EngineRequest = read_engine_request(request)
         token_ids, finish_reason = self.answer_to(engine_request)
         await asyncio.sleep(args.first_token_ms / 1000)
+        if self.cache is not None:
+            num_cached = await self.cache.compute(engine_request.token_ids)
+            logger.info("cached %d of %d", num_cached, len(engine_request.token_ids))
         if args.whole and not engine_request.output_options.stream:
             await asyncio.sleep(args.token_interval_ms * len(token_ids) / 1000)
             yield with_logprobs(token_ids, engine_request.output_options.logprobs) | {"finish_reason": finish_reason}
@@ -144,6 +185,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=49152)
     parser.add_argument("--tokenizer-sha256", default="")
     parser.add_argument("--can-constrain", action="store_true", help="say that it has grammars, and ignore them")
+    parser.add_argument("--kv-events", action="store_true", help="have a cache, and tell of it")
+    parser.add_argument("--cache-blocks", type=int, default=10_000)
+    parser.add_argument("--ms-per-block", type=float, default=0.0, help="how long a block takes that is not cached")
     parser.add_argument("--plain", action="store_true", help="know no more than the chapter")
     return parser.parse_args()
 
@@ -152,7 +196,11 @@ def parse_args() -> argparse.Namespace:
 async def worker(runtime: DistributedRuntime, engine: FakeEngine) -> None:
     component = runtime.namespace("inference").component("engine")
     await component.create_service()
-    await component.endpoint("generate").serve_endpoint(engine.generate)
+    endpoints = [component.endpoint("generate").serve_endpoint(engine.generate)]
+    if engine.cache is not None:
+        kv_events = component.endpoint("kv_events")
+        endpoints.append(kv_events.serve_endpoint(engine.cache.told.events, graceful_shutdown=False))
+    await asyncio.gather(*endpoints)
 
 
 if __name__ == "__main__":

@@ -240,6 +240,9 @@ class Pipeline:
     def fake_engine(self, *args: str, token_ids: Sequence[int] = tuple(range(1000, 1100))) -> Process:
         return self.script("tests/fake_engine.py", "--token-ids", ",".join(map(str, token_ids)), *args)
 
+    def router(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
+        return self.script("router.py", *args, env=env)
+
     def wait_ready(self, timeout_s: float = 180, *, processors: int = 1, engines: int = 1) -> float:
         def is_ready() -> bool:
             for process in self.processes:

@@ -69,6 +69,12 @@ class RequestContext:
     def is_stopped(self) -> bool:
         return bool(self.raw.is_stopped())
 
+    async def stopped(self) -> None:
+        """Return when the caller has given up, or has all that it wanted."""
+        is_stopped = asyncio.Event()
+        with when_stopped(self.raw, is_stopped.set):
+            await is_stopped.wait()
+
 
 @contextmanager
 def when_stopped(context: Context, action: Callable[[], None]) -> Iterator[None]:

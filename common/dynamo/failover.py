@@ -22,7 +22,7 @@ from common.dynamo.runtime import Client
 from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, PipelineError, Unavailable
 from common.observability.metrics import Metrics
 from common.observability.request_records import CallRecord
-from common.wire import AnswerProtocol, C, to_wire
+from common.wire import AnswerProtocol, C, RouteTrace, to_wire
 
 T = TypeVar("T")
 
@@ -32,9 +32,18 @@ _RETRY_PAUSE_S = 0.05
 _BUSY_PAUSE_S = 1.0
 _CLOSING_TIMEOUT_S = 1.0
 
-# Which of the eligible instances gets an attempt: `async with choose(request, instance_ids) as instance_id`. The block
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The instance that gets an attempt. route: how a router came to choose it, where one did."""
+
+    instance_id: int
+    route: RouteTrace | None = None
+
+
+# Which of the eligible instances gets an attempt: `async with choose(request, instance_ids) as chosen`. The block
 # lasts as long as the attempt.
-Choose = Callable[[dict[str, Any], Sequence[int]], AbstractAsyncContextManager[int]]
+Choose = Callable[[dict[str, Any], Sequence[int]], AbstractAsyncContextManager[Chosen]]
 
 
 class RoundRobin:
@@ -44,9 +53,9 @@ class RoundRobin:
         self._turn = 0
 
     @asynccontextmanager
-    async def __call__(self, _request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[int]:
+    async def __call__(self, _request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[Chosen]:
         self._turn += 1
-        yield instance_ids[self._turn % len(instance_ids)]
+        yield Chosen(instance_ids[self._turn % len(instance_ids)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +135,9 @@ class FailoverClient(Generic[C]):
                 raise Unavailable(f"All instances of {self._client} are busy.")
             delivered: list[C] = []
             try:
-                async with self.choose(request, [each for each in eligible if each not in busy]) as instance_id:
-                    async with aclosing(self._attempt(request, instance_id, context)) as chunks:
+                async with self.choose(request, [each for each in eligible if each not in busy]) as chosen:
+                    instance_id = chosen.instance_id
+                    async with aclosing(self._attempt(request, chosen, context)) as chunks:
                         async for chunk in chunks:
                             delivered.append(chunk)
                             yield Chunk(chunk)
@@ -167,17 +177,17 @@ class FailoverClient(Generic[C]):
         return self._protocol.resume(request, delivered)
 
     async def _attempt(
-        self, request: dict[str, Any], instance_id: int, context: RequestContext
+        self, request: dict[str, Any], chosen: Chosen, context: RequestContext
     ) -> AsyncGenerator[C, None]:
         """The chunks of one instance, until it has finished all choices.
 
         Raises:
             InstanceFailed: it has not. Busy: it refused the request.
         """
-        call = context.record.calling(instance_id)
+        call = context.record.calling(chosen.instance_id, chosen.route)
         num_unfinished, num_empty = request.get("n") or 1, 0
         try:
-            async with aclosing(self._call(request, instance_id, context)) as stream:
+            async with aclosing(self._call(request, chosen.instance_id, context)) as stream:
                 async for item in stream:
                     chunk = self._read(item.data(), call)
                     num_empty = 0 if chunk.has_content or chunk.finish_reason else num_empty + 1

@@ -84,12 +84,15 @@ class Endpoint:
     async def open(self, *, serve: bool) -> Any:
         return await releases.open_endpoint(self._runtime.raw, *self._path, serve=serve)
 
-    async def serve_endpoint(self, handler: "Handler | service[Any]") -> None:
-        """Answer requests with the dicts that `handler(request, context)` yields, until the process is stopped."""
+    async def serve_endpoint(self, handler: "Handler | service[Any]", graceful_shutdown: bool = True) -> None:
+        """Answer requests with the dicts that `handler(request, context)` yields, until the process is stopped.
+
+        graceful_shutdown: whether it then waits for the answers that are not complete.
+        """
         runtime = self._runtime
         if isinstance(handler, service):
             handler.count_in(await runtime.metrics(self._path[1]))
-        serving = Serving(handler, runtime)
+        serving = Serving(handler, runtime, graceful_shutdown=graceful_shutdown)
         has_served, num_refusals = False, 0
         while not runtime.is_stopping.is_set():
             generation = runtime.generation
@@ -97,7 +100,7 @@ class Endpoint:
             runtime.serving(str(self), raw_endpoint)
             logger.info("serving %s", self)
             try:
-                await raw_endpoint.serve_endpoint(serving.answer, graceful_shutdown=True)
+                await raw_endpoint.serve_endpoint(serving.answer, graceful_shutdown=graceful_shutdown)
                 has_served = True
             except Exception as error:  # etcd took no key from us: it may have gone away just now
                 num_refusals += 1

@@ -26,16 +26,17 @@ from common.errors import InternalError, PipelineError
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.wire import EngineRequest, Envelope, read_engine_request, to_wire
+from common.wire import EngineRequest, Envelope, WorkerQuestion, read_engine_request, read_worker_question, to_wire
 
 logger = logging.getLogger(__name__)
 
 _READERS: dict[type, Callable[[dict[str, Any]], Any]] = {
     ChatCompletionRequest: parse_chat_request,
     EngineRequest: read_engine_request,
+    WorkerQuestion: read_worker_question,
 }
 
-R = TypeVar("R", ChatCompletionRequest, EngineRequest)
+R = TypeVar("R", ChatCompletionRequest, EngineRequest, WorkerQuestion)
 TypedHandler = Callable[[R, RequestContext], AsyncGenerator[Any, None]]
 
 
@@ -91,10 +92,14 @@ class ResponseSender(Protocol):
 
 
 class Serving:
-    """A handler as an endpoint serves it: `num_in_flight` of the connection counts its requests, until all is sent."""
+    """A handler as an endpoint serves it: `num_in_flight` of the connection counts its requests, until all is sent.
 
-    def __init__(self, handler: Handler, connection: Connection) -> None:
+    graceful_shutdown: whether a process that stops waits for them.
+    """
+
+    def __init__(self, handler: Handler, connection: Connection, *, graceful_shutdown: bool = True) -> None:
         self._handler, self._connection = handler, connection
+        self._num_open, self._is_waited_for = 0, graceful_shutdown
         self._loop = asyncio.get_running_loop()
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -103,7 +108,7 @@ class Serving:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What Dynamo calls. Yields nothing where there is a sender."""
         stream = self._handler(request, context)
-        self._connection.num_in_flight += 1
+        self._count(1)
         if self._sweeping is None:
             self._sweep()
         try:
@@ -118,9 +123,13 @@ class Serving:
                 self._loop.call_soon_threadsafe(lambda: self._connection.run_in_background(self._close(stream)))
             raise
         except BaseException:
-            self._connection.num_in_flight -= 1
+            self._count(-1)
             raise
-        self._connection.num_in_flight -= 1
+        self._count(-1)
+
+    def _count(self, num_more: int) -> None:
+        self._num_open += num_more
+        self._connection.num_in_flight += num_more * self._is_waited_for
 
     def _sweep(self) -> None:
         """Close the streams that Dynamo has dropped, twice a second while requests are in flight.
@@ -129,8 +138,7 @@ class Serving:
         worker that has become idle nobody does, and the handler would stay suspended.
         """
         Context().is_stopped()
-        is_in_flight = self._connection.num_in_flight > 0
-        self._sweeping = self._loop.call_later(SWEEP_S, self._sweep) if is_in_flight else None
+        self._sweeping = self._loop.call_later(SWEEP_S, self._sweep) if self._num_open else None
 
     async def _push(self, stream: AsyncGenerator[dict[str, Any], None], sender: ResponseSender) -> None:
         num_bytes = 0
@@ -170,4 +178,4 @@ class Serving:
         try:
             await stream.aclose()
         finally:
-            self._connection.num_in_flight -= 1
+            self._count(-1)

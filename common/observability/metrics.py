@@ -1,6 +1,6 @@
 """What a process counts, in Prometheus' format: the only module that knows the metrics' names.
 
-All three processes use the same names with a label `component`; docs/observability.md lists them. Children of
+All processes use the same names with a label `component`; docs/observability.md lists them. Children of
 labelled metrics are looked up once, when the process starts or with a request, and never with a chunk.
 """
 
@@ -20,12 +20,13 @@ from prometheus_client import (
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _PER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+_DECISION_BUCKETS = (0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside each series would double their number
 
 
 class Metrics:
-    """The metrics of one process. component: "frontend", "processor" or "engine".
+    """The metrics of one process. component: "frontend", "processor", "engine" or "router".
 
     Times in seconds. A metric that a component never touches is left out of what it shows.
     """
@@ -47,6 +48,15 @@ class Metrics:
         )  # fmt: skip
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.").labels(component)
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.").labels(component)
+        if component == "router":
+            self._decisions = self._counter("routing_decisions", "Prompts that a worker was chosen for.", "worker")
+            self._cached_prompt_tokens = self._counter(
+                "cached_prompt_tokens", "Tokens of prompts that the chosen workers had cached."
+            ).labels(component)
+            self._decision_time = self._histogram(
+                "routing_decision_seconds", "How long a worker was chosen for.", _DECISION_BUCKETS
+            )
+            return
         if component == "frontend":
             self.time_per_output_token = self._histogram(
                 "time_per_output_token_seconds",
@@ -77,6 +87,12 @@ class Metrics:
     def requests(self, outcome: str) -> Counter:
         """The counter for one outcome: "ok", "cancelled", or an error's code."""
         return self._requests.labels(self.component, outcome)
+
+    def decided(self, worker_id: int, num_cached_tokens: int, duration_s: float) -> None:
+        """A router has chosen."""
+        self._decisions.labels(self.component, f"{worker_id:x}").inc()
+        self._cached_prompt_tokens.inc(num_cached_tokens)
+        self._decision_time.observe(duration_s)
 
     def calls_of(self, endpoint: str, num_instances: Callable[[], int]) -> "CallMetrics":
         """The metrics of calling one endpoint."""

@@ -20,7 +20,17 @@ from common.errors import InternalError, PipelineError
 from common.observability.metrics import Metrics
 from common.observability.tracing import RequestSpan, tracer_for
 from common.openai.request import ChatCompletionRequest
-from common.wire import CallTrace, EngineChunk, EngineRequest, Envelope, HopTrace, ProcessorChunk
+from common.wire import (
+    CallTrace,
+    EngineChunk,
+    EngineRequest,
+    Envelope,
+    HopTrace,
+    ProcessorChunk,
+    RouteTrace,
+    WorkerFound,
+    WorkerQuestion,
+)
 
 SHOW_PATH_HEADER = "x-show-path"
 
@@ -35,8 +45,8 @@ class RequestPath:
     def _now_us(self) -> int:
         return (time.monotonic_ns() - self._received_ns) // 1000
 
-    def calling(self, instance_id: int) -> "CallNotes":
-        call = CallTrace(instance=f"{instance_id:x}", called_us=self._now_us())
+    def calling(self, instance_id: int, route: RouteTrace | None) -> "CallNotes":
+        call = CallTrace(instance=f"{instance_id:x}", called_us=self._now_us(), route=route)
         self.trace.calls.append(call)
         return CallNotes(call, self._now_us)
 
@@ -101,19 +111,24 @@ class RequestRecord:
         """For the calls that are made to answer the request."""
         return Envelope(self._request_id, self._span.traceparent, self.path is not None)
 
-    def asks(self, request: ChatCompletionRequest | EngineRequest) -> None:
+    def asks(self, request: ChatCompletionRequest | EngineRequest | WorkerQuestion) -> None:
         """Note what is asked for."""
-        if isinstance(request, EngineRequest):
+        if isinstance(request, WorkerQuestion):
+            self.num_prompt_tokens = len(request.token_ids)
+        elif isinstance(request, EngineRequest):
             self.num_prompt_tokens, self.is_streamed = len(request.token_ids), request.output_options.stream
         else:
             self.model, self.is_streamed, self._num_choices = request.model, request.stream, request.n
 
-    def calling(self, instance_id: int) -> "CallRecord":
+    def calling(self, instance_id: int, route: RouteTrace | None = None) -> "CallRecord":
         """For one call of an instance, made to answer the request."""
-        return CallRecord(self, instance_id)
+        return CallRecord(self, instance_id, route)
 
-    def answers(self, chunk: ProcessorChunk | EngineChunk) -> None:
+    def answers(self, chunk: ProcessorChunk | EngineChunk | WorkerFound) -> None:
         """Note a chunk that is about to leave. The last one takes the path along, where it is asked for."""
+        if isinstance(chunk, WorkerFound):  # the stream that stays open is the booking
+            self.finish()
+            return
         if isinstance(chunk, EngineChunk):
             self._tokens.add(len(chunk.token_ids))
         if chunk.finish_reason is not None and (isinstance(chunk, EngineChunk) or chunk.usage is not None):
@@ -219,10 +234,10 @@ class TokenTimes:
 class CallRecord:
     """What a caller notes about one call of an instance."""
 
-    def __init__(self, record: RequestRecord, instance_id: int) -> None:
+    def __init__(self, record: RequestRecord, instance_id: int, route: RouteTrace | None) -> None:
         self._record = record
         self._tokens = TokenTimes(record)
-        self._notes = record.path.calling(instance_id) if record.path else None
+        self._notes = record.path.calling(instance_id, route) if record.path else None
 
     def received(self, chunk: ProcessorChunk | EngineChunk) -> None:
         if isinstance(chunk, EngineChunk):

@@ -1,0 +1,132 @@
+"""How a processor asks the router, and does without one."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+import msgspec
+
+from common.dynamo.failover import Choose, Chosen, RoundRobin
+from common.dynamo.runtime import Client, Context
+from common.wire import RouteTrace, WorkerFound, WorkerQuestion, to_wire
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A router decides about a thousand times a second. More questions than these wait here, not for its answer.
+MAX_QUESTIONS = 8
+ANSWER_TIMEOUT_S = 0.05
+_NUM_LOOKS = 5
+REST_S = 0.5  # of a router that has answered nobody for SILENCE_S
+SILENCE_S = 0.25
+_CLOSING_TIMEOUT_S = 1.0
+
+
+class AskRouter:
+    """A `Choose`: the worker that the router names, or where none names one in ANSWER_TIMEOUT_S, the next in turn.
+
+    All processors ask the same one of several routers, so that it knows of all that is booked.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._without: Choose = RoundRobin()
+        self._questions = asyncio.Semaphore(MAX_QUESTIONS)
+        self._resting: dict[int, float] = {}  # until when, on the event loop's clock
+        self._heard_at = -SILENCE_S  # any answer
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def __call__(self, request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[Chosen]:
+        booking = _Booking(self._client)
+        try:
+            chosen = await self._ask(booking, request, instance_ids)
+            if chosen is not None:
+                yield chosen
+            else:
+                async with self._without(request, instance_ids) as chosen:
+                    yield chosen
+        finally:
+            if booking.is_open:
+                task = asyncio.create_task(booking.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    async def _ask(self, booking: "_Booking", request: dict[str, Any], instance_ids: Sequence[int]) -> Chosen | None:
+        """None where nobody answers, or names none of these."""
+        if await self._router() is None:
+            return None
+        async with self._questions:
+            if (router_id := await self._router()) is None:
+                return None
+            question = request | to_wire(WorkerQuestion(request["token_ids"], list(instance_ids)))
+            started_s = time.monotonic()
+            try:
+                found = await within_loop_time(booking.ask(router_id, question))
+            except Exception as error:
+                self._rest(router_id, error)
+                return None
+        self._heard_at = asyncio.get_running_loop().time()
+        took_us = round((time.monotonic() - started_s) * 1e6)
+        route = RouteTrace(f"{router_id:x}", took_us, found.num_cached_tokens)
+        return Chosen(found.worker_id, route) if found.worker_id in instance_ids else None
+
+    async def _router(self) -> int | None:
+        now = asyncio.get_running_loop().time()
+        self._resting = {router_id: until for router_id, until in self._resting.items() if until > now}
+        return min((each for each in await self._client.instance_ids() if each not in self._resting), default=None)
+
+    def _rest(self, router_id: int, error: Exception) -> None:
+        """Ask it no more for a while, unless it is only slow."""
+        now = asyncio.get_running_loop().time()
+        if not isinstance(error, TimeoutError) or now - self._heard_at > SILENCE_S:
+            logger.warning("router %x does not answer, taking turns: %r", router_id, error)
+            self._resting[router_id] = now + REST_S
+
+
+class _Booking:
+    """A question's answer, whose stream stays open for as long as the attempt, and with it the router's booking."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._context: Context | None = None
+        self._stream: AsyncIterator[Any] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._context is not None
+
+    async def ask(self, router_id: int, question: dict[str, Any]) -> WorkerFound:
+        self._context = Context()
+        self._stream = await self._client.direct(question, router_id, self._context)
+        return msgspec.convert((await anext(self._stream)).data(), WorkerFound)
+
+    async def close(self) -> None:
+        """Read what is left: nothing; but dropping the stream would be an error in the router's log."""
+        assert self._context is not None
+        self._context.stop_generating()
+        if self._stream is not None:
+            with suppress(Exception):
+                async with asyncio.timeout(_CLOSING_TIMEOUT_S):
+                    async for _ in self._stream:
+                        pass
+
+
+async def within_loop_time(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What it returns within ANSWER_TIMEOUT_S, in several looks: while the loop is busy, answers wait to be seen.
+
+    Raises:
+        TimeoutError: nothing until then.
+    """
+    task = asyncio.ensure_future(coroutine)
+    try:
+        for _ in range(_NUM_LOOKS):
+            if (await asyncio.wait((task,), timeout=ANSWER_TIMEOUT_S / _NUM_LOOKS))[0]:
+                return task.result()
+        raise TimeoutError
+    finally:
+        task.cancel()

@@ -1,0 +1,74 @@
+"""What each engine has cached, as the engines tell it: the client of `inference/engine/kv_events`."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import msgspec
+from dynamo.llm import RadixTree
+
+from common.dynamo.runtime import Client, Context
+from common.wire import KvEvent, KvEvents
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.1
+
+
+class KvIndex:
+    """Follows every engine that tells. lost: those that stopped telling and are still listed; they are probably dead.
+
+    on_stored: called with a worker and the hashes of blocks that it has just cached.
+    """
+
+    def __init__(self, client: Client, on_stored: Callable[[int, list[int]], None]) -> None:
+        self._client, self._on_stored = client, on_stored
+        self._tree = RadixTree()
+        self._followed: dict[int, asyncio.Task[None]] = {}
+        self.lost: set[int] = set()
+
+    def num_cached_blocks(self, block_hashes: list[int]) -> dict[int, int]:
+        """By worker, how many of a prompt's first blocks it has; workers that have none are missing."""
+        scores: dict[tuple[int, int], int] = self._tree.find_matches(block_hashes).scores
+        return {worker_id: num_blocks for (worker_id, _), num_blocks in scores.items()}
+
+    async def follow(self) -> None:
+        """As long as the process runs."""
+        while True:
+            try:
+                self._update(await self._client.instance_ids())
+            except Exception as error:  # etcd is away: those who tell go on
+                logger.warning("cannot look for engines: %r", error)
+            await asyncio.sleep(_LOOK_S)
+
+    def _update(self, instance_ids: Sequence[int]) -> None:
+        self.lost &= set(instance_ids)
+        for worker_id in self._followed.keys() - set(instance_ids):
+            self._followed.pop(worker_id).cancel()
+        for worker_id in instance_ids:
+            if worker_id not in self._followed or self._followed[worker_id].done():
+                self._followed[worker_id] = asyncio.create_task(self._follow(worker_id))
+
+    async def _follow(self, worker_id: int) -> None:
+        """Until its stream breaks, or it leaves etcd."""
+        context = Context()
+        try:
+            async for item in await self._client.direct({}, worker_id, context):
+                self.lost.discard(worker_id)
+                for event in msgspec.convert(item.data(), KvEvents).events:
+                    self._apply(worker_id, event)
+        except Exception as error:
+            if worker_id not in self.lost:
+                logger.warning("engine %x tells no more of its cache: %s", worker_id, error)
+        finally:
+            context.stop_generating()
+            self._tree.remove_worker(worker_id)
+            self.lost.add(worker_id)
+
+    def _apply(self, worker_id: int, event: KvEvent) -> None:
+        try:
+            self._tree.apply_event(worker_id, msgspec.json.encode({"event_id": 0, "data": event}))
+        except RuntimeError:  # blocks whose parent is gone: nobody finds them
+            return
+        if event.stored is not None:
+            self._on_stored(worker_id, [block.tokens_hash for block in event.stored.blocks])

@@ -1,0 +1,119 @@
+"""The router: which engine answers a prompt.
+
+    processor --(NATS)--> router.find_worker        then the processor calls that engine itself
+    engine.kv_events --(TCP)--> router              what each engine has cached
+
+It serves `inference/router/find_worker`: token ids in, the id of a worker out. The stream of the answer stays open for
+as long as that worker is at it, which is how the router knows what each has to do. No token passes through here.
+"""
+
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+import uvloop
+from dynamo.llm import compute_block_hash_for_seq
+
+from common.arguments import RouterArgs, parse_router_args
+from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.dynamo.service import RequestContext, service
+from common.routing.kv_index import KvIndex
+from common.routing.load import Booking, WorkerLoad
+from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQuestion
+
+# What a request costs beside a block that is to be computed, and what a block of its prompt does in decoding: each new
+# token takes a row of the batch, and reads the block again.
+REQUEST_WEIGHT, DECODE_WEIGHT = 1.0, 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker, for one prompt. num_new_blocks: of the prompt, not cached there. load: what it has to do already."""
+
+    num_new_blocks: int
+    load: WorkerLoad
+
+
+def round_robin(worker: Candidate) -> float:
+    """The one that was chosen the longest ago."""
+    return worker.load.last_chosen
+
+
+def least_loaded(worker: Candidate) -> float:
+    """The one with the fewest requests."""
+    return worker.load.num_requests
+
+
+def kv(worker: Candidate) -> float:
+    """The one that has the least to compute, what it has been given already included."""
+    num_prefill_blocks = worker.num_new_blocks + worker.load.num_prefill_blocks
+    decoding = REQUEST_WEIGHT * worker.load.num_requests + DECODE_WEIGHT * worker.load.num_decode_blocks
+    return num_prefill_blocks + decoding
+
+
+# A policy is the cost of a worker for a prompt: the lowest is chosen. Add yours here.
+Policy = Callable[[Candidate], float]
+POLICIES: dict[str, Policy] = {"kv": kv, "least-loaded": least_loaded, "round-robin": round_robin}
+
+
+class RequestHandler:
+    """Answers `find_worker` requests. loads: by worker."""
+
+    def __init__(self, policy: Policy, temperature: float, index: KvIndex, loads: defaultdict[int, WorkerLoad]) -> None:
+        self.policy, self.temperature = policy, temperature
+        self.index, self.loads = index, loads
+        self.num_choices = 0
+
+    async def find_worker(self, request: WorkerQuestion, context: RequestContext) -> AsyncGenerator[WorkerFound, None]:
+        """Yields the worker for a prompt, once; it is booked until the caller stops the stream, or is gone."""
+        started_s = time.perf_counter()
+        num_blocks = math.ceil(len(request.token_ids) / KV_BLOCK_SIZE)
+        block_hashes = compute_block_hash_for_seq(request.token_ids, KV_BLOCK_SIZE)  # of complete blocks
+        num_cached = self.index.num_cached_blocks(block_hashes)
+        worker_ids = [each for each in request.worker_ids if each not in self.index.lost] or request.worker_ids
+        candidates = {each: Candidate(num_blocks - num_cached.get(each, 0), self.loads[each]) for each in worker_ids}
+        worker_id = self._choose(candidates)
+        chosen, num_cached_blocks = candidates[worker_id], num_cached.get(worker_id, 0)
+        last_block = block_hashes[-1] if num_cached_blocks < len(block_hashes) else None
+        context.record.metrics.decided(worker_id, num_cached_blocks * KV_BLOCK_SIZE, time.perf_counter() - started_s)
+        with chosen.load.booked(Booking(num_blocks, chosen.num_new_blocks), last_block):
+            yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE)
+            await context.stopped()
+
+    def _choose(self, candidates: dict[int, Candidate]) -> int:
+        """The lowest cost wins, by lot where several have it. At a higher temperature others win now and then, too."""
+        costs = {worker_id: self.policy(candidate) for worker_id, candidate in candidates.items()}
+        lowest, highest = min(costs.values()), max(costs.values())
+        if self.temperature and highest > lowest:
+            scale = self.temperature * (highest - lowest)
+            weights = [math.exp((lowest - cost) / scale) for cost in costs.values()]
+            worker_id = random.choices(list(costs), weights)[0]
+        else:
+            worker_id = random.choice([each for each, cost in costs.items() if cost == lowest])
+        self.num_choices += 1
+        candidates[worker_id].load.last_chosen = self.num_choices
+        return worker_id
+
+
+@dynamo_worker(static=False)
+async def worker(runtime: DistributedRuntime, args: RouterArgs) -> None:
+    namespace = runtime.namespace("inference")
+    loads: defaultdict[int, WorkerLoad] = defaultdict(WorkerLoad)
+    kv_events = await namespace.component("engine").endpoint("kv_events").client()
+    index = KvIndex(kv_events, on_stored=lambda worker_id, block_hashes: loads[worker_id].has_cached(block_hashes))
+    runtime.run_in_background(index.follow())
+
+    component = namespace.component("router")
+    await component.create_service()
+    handler = RequestHandler(POLICIES[args.policy], args.temperature, index, loads)
+    find_worker = service(handler.find_worker, description=RouterDescription(args.policy))
+    # Those who ask need no more than the answer: nobody waits for a stream's end.
+    await component.endpoint("find_worker").serve_endpoint(find_worker, graceful_shutdown=False)
+
+
+if __name__ == "__main__":
+    configure_dynamo_logging()
+    uvloop.run(worker(parse_router_args(POLICIES)))

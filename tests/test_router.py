@@ -1,0 +1,254 @@
+"""The router beside the three others: real processes, and fake engines that have caches and tell of them."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.processes import MODEL, Infra, Pipeline, Process, free_port, wait_until
+
+pytestmark = pytest.mark.process
+
+NUM_ENGINES = 4
+
+
+class Routed:
+    """A frontend, a processor, a router and engines with caches."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.metrics_port = free_port()
+        self.engines = [self.engine() for _ in range(NUM_ENGINES)]
+        self.router = self.start_router()
+        self.processor = pipeline.processor()
+        pipeline.frontend()
+        pipeline.wait_ready(engines=NUM_ENGINES)
+        self.wait_until_routed()
+
+    def engine(self) -> Process:
+        return self.pipeline.fake_engine("--kv-events", "--first-token-ms", "300", "--token-interval-ms", "20")
+
+    def start_router(self) -> Process:
+        return self.pipeline.router(env={"DYN_SYSTEM_PORT": str(self.metrics_port)})
+
+    def wait_until_routed(self) -> float:
+        """Until the router has been asked once more."""
+        before = self.num_decisions()
+
+        def is_asked() -> bool:
+            asyncio.run(self.ask_all(["Hello"]))
+            return self.num_decisions() > before
+
+        return wait_until(is_asked, 10, "a question for the router")
+
+    def metric(self, name: str) -> dict[str, float]:
+        """By its labels; nothing while the router is away."""
+        try:
+            text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=2).text
+        except httpx.HTTPError:
+            return {}
+        pattern = rf"^dynamo_chat_{name}{{(.*)}} (\S+)$"
+        return {labels: float(value) for labels, value in re.findall(pattern, text, re.MULTILINE)}
+
+    def num_decisions(self) -> float:
+        return sum(self.metric("routing_decisions_total").values())
+
+    def num_booked(self) -> float:
+        return sum(self.metric("requests_in_flight").values())
+
+    def num_chosen(self) -> dict[str, float]:
+        """By worker, so far."""
+        return {
+            re.findall('worker="(.*)"', labels)[0]: value
+            for labels, value in self.metric("routing_decisions_total").items()
+        }
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        limits = httpx.Limits(max_connections=1000)
+        async with httpx.AsyncClient(base_url=self.pipeline.url, timeout=60, limits=limits) as client:
+            yield client
+
+    async def ask_all(self, prompts: list[str], max_tokens: int = 1) -> None:
+        """All at once.
+
+        Raises:
+            HTTPStatusError: one failed.
+        """
+        async with self.client() as client:
+            for answer in await asyncio.gather(*(post(client, prompt, max_tokens) for prompt in prompts)):
+                answer.raise_for_status()
+
+    def shares(self, prompts: list[str], max_tokens: int = 1) -> list[int]:
+        """How many of the prompts, asked all at once, each engine got."""
+        before = [engine.log.count("cached") for engine in self.engines]
+        asyncio.run(self.ask_all(prompts, max_tokens))
+        return [engine.log.count("cached") - num for engine, num in zip(self.engines, before, strict=True)]
+
+
+async def post(client: httpx.AsyncClient, prompt: str, max_tokens: int, **options: Any) -> httpx.Response:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, **options}
+    return await client.post("/v1/chat/completions", json=body)
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Routed]:
+    servers = Infra(tmp_path_factory.mktemp("infra"))
+    pipeline = Pipeline(servers, tmp_path_factory.mktemp("routed"))
+    try:
+        servers.start()
+        yield Routed(pipeline)
+    finally:
+        pipeline.stop()
+        servers.stop()
+
+
+def prompts(num: int, name: str) -> list[str]:
+    """Different ones from their beginning on, of a few hundred tokens."""
+    return [f"{at} {name} tell me about " + f"thing {at} " * 60 for at in range(num)]
+
+
+def test_a_cold_burst_reaches_four_idle_engines_evenly(routed: Routed) -> None:
+    shares = routed.shares(prompts(256, "cold"))
+    assert all(0.20 * 256 <= num <= 0.30 * 256 for num in shares), shares
+
+
+def test_prompts_go_back_to_where_they_are_cached(routed: Routed) -> None:
+    asked = prompts(16, "again")
+    asyncio.run(routed.ask_all(asked))
+    before = sum(len(re.findall(r"cached (?!0 |16 )\d+", engine.log)) for engine in routed.engines)
+    asyncio.run(routed.ask_all(asked))
+    after = sum(len(re.findall(r"cached (?!0 |16 )\d+", engine.log)) for engine in routed.engines)
+    assert after - before >= 15  # one may find that too much waits where it is cached
+
+
+def test_one_hot_prefix_spreads_over_all_engines(routed: Routed) -> None:
+    prefix = "hot " + "one thing after another " * 100
+    shares = routed.shares([f"{prefix} {at}" for at in range(160)], max_tokens=100)
+    assert max(shares) <= 1.5 * sum(shares) / len(shares), shares
+
+
+class TestABookingEnds:
+    """For each way in which an attempt can."""
+
+    def test_when_it_is_answered(self, routed: Routed) -> None:
+        asyncio.run(routed.ask_all(["Hello"], max_tokens=5))
+        wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
+
+    def test_when_the_client_goes_away(self, routed: Routed) -> None:
+        async def leave() -> None:
+            async with routed.client() as client:
+                asking = asyncio.create_task(post(client, "Hello", 1000))
+                await asyncio.to_thread(wait_until, lambda: routed.num_booked() == 1, 5, "a booking")
+                asking.cancel()
+
+        asyncio.run(leave())
+        wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
+
+    def test_when_a_stop_string_is_found(self, routed: Routed) -> None:
+        async def ask() -> None:
+            async with routed.client() as client:
+                answer = await post(client, "Hello", 1000, stop=["e"])
+                assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+        asyncio.run(ask())
+        wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
+
+    def test_when_the_processor_is_killed(self, routed: Routed) -> None:
+        async def kill() -> None:
+            async with routed.client() as client:
+                asking = [asyncio.create_task(post(client, "Hello", 1000)) for _ in range(8)]
+                await asyncio.to_thread(wait_until, lambda: routed.num_booked() == 8, 5, "bookings")
+                routed.processor.kill()
+                await asyncio.to_thread(wait_until, lambda: routed.num_booked() == 0, 2, "no bookings")
+                for task in asking:
+                    task.cancel()
+
+        asyncio.run(kill())
+        routed.processor = routed.pipeline.processor()
+        routed.wait_until_routed()
+
+    def test_when_the_engine_is_killed(self, routed: Routed) -> None:
+        async def kill() -> None:
+            async with routed.client() as client:
+                asking = [asyncio.create_task(post(client, "Hello", 100)) for _ in range(8)]
+                await asyncio.to_thread(wait_until, lambda: routed.num_booked() == 8, 5, "bookings")
+                routed.engines.pop().kill()
+                assert [(await each).status_code for each in asking] == [200] * 8
+
+        asyncio.run(kill())
+        wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
+        routed.engines.append(routed.engine())
+        routed.pipeline.wait_ready(engines=NUM_ENGINES)
+
+
+async def under_load(routed: Routed, duration_s: float, *, num_clients: int = 8) -> list[int]:
+    """The status codes of what clients ask, one question after the other."""
+    ends_at = time.monotonic() + duration_s
+    statuses: list[int] = []
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while time.monotonic() < ends_at:
+            statuses.append((await post(client, f"Hello {len(statuses)}", 5)).status_code)
+
+    async with routed.client() as client:
+        await asyncio.gather(*(ask(client) for _ in range(num_clients)))
+    return statuses
+
+
+def test_a_router_that_is_killed_every_three_seconds_costs_no_request(routed: Routed) -> None:
+    async def harm() -> list[int]:
+        load = asyncio.create_task(under_load(routed, 9.5))
+        for _ in range(3):
+            await asyncio.sleep(2)
+            routed.router.kill()
+            await asyncio.sleep(1)
+            routed.router = routed.start_router()
+        return await load
+
+    statuses = asyncio.run(harm())
+    assert statuses.count(200) == len(statuses) > 100
+    wait_until(lambda: "serving inference/router" in routed.router.log, 10, "the router to be back")
+    assert routed.wait_until_routed() < 1
+
+
+def test_a_router_that_hangs_costs_no_request(routed: Routed) -> None:
+    async def harm() -> list[int]:
+        load = asyncio.create_task(under_load(routed, 3))
+        await asyncio.sleep(1)
+        os.kill(routed.router.pid, signal.SIGSTOP)
+        return await load
+
+    statuses = asyncio.run(harm())
+    os.kill(routed.router.pid, signal.SIGCONT)
+    assert statuses.count(200) == len(statuses) > 50
+    assert routed.wait_until_routed() < 2
+    wait_until(lambda: routed.num_booked() == 0, 2, "no bookings of those that waited in vain")
+
+
+def test_an_engine_that_was_killed_is_not_chosen_again(routed: Routed) -> None:
+    others = set(routed.pipeline.infra.instance_keys("engine/generate"))
+    engine = routed.engine()
+    wait_until(lambda: set(routed.pipeline.infra.instance_keys("engine/generate")) > others, 20, "one more engine")
+    (key,) = set(routed.pipeline.infra.instance_keys("engine/generate")) - others
+    worker_id = key.rsplit("/", 1)[1]
+
+    async def harm() -> float:
+        load = asyncio.create_task(under_load(routed, 9))
+        await asyncio.to_thread(wait_until, lambda: routed.num_chosen().get(worker_id, 0) > 5, 5, "its turn")
+        engine.kill()
+        await asyncio.sleep(1)
+        num_chosen = routed.num_chosen()[worker_id]
+        statuses = await load
+        assert statuses.count(200) == len(statuses) > 100
+        return num_chosen
+
+    num_after_a_second = asyncio.run(harm())
+    assert routed.num_chosen()[worker_id] == num_after_a_second

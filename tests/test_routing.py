@@ -1,0 +1,254 @@
+"""What the router knows and how it chooses, without processes: caches told block by block, loads booked, costs."""
+
+import asyncio
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack, aclosing
+from typing import Any, cast
+
+import msgspec
+import pytest
+from dynamo.llm import compute_block_hash_for_seq
+
+from common.dynamo.runtime import Client, Context
+from common.routing.ask_router import within_loop_time
+from common.routing.cached_blocks import CachedBlocks
+from common.routing.kv_index import KvIndex
+from common.routing.load import Booking, WorkerLoad
+from common.wire import KV_BLOCK_SIZE, KvEvents, WorkerFound, WorkerQuestion
+from router import POLICIES, RequestHandler
+from tests.contexts import request_context
+
+
+class Told:
+    """A router's index, told by hand."""
+
+    def __init__(self) -> None:
+        self.loads: defaultdict[int, WorkerLoad] = defaultdict(WorkerLoad)
+        self.index = KvIndex(cast("Client", None), lambda worker, hashes: self.loads[worker].has_cached(hashes))
+
+    def tell(self, worker_id: int, message: dict[str, Any]) -> None:
+        for event in msgspec.convert(message, KvEvents).events:
+            self.index._apply(worker_id, event)
+
+    def has(self, worker_id: int, token_ids: list[int]) -> int:
+        hashes = compute_block_hash_for_seq(token_ids, KV_BLOCK_SIZE)
+        return self.index.num_cached_blocks(hashes).get(worker_id, 0)
+
+
+def store(cached: CachedBlocks, token_ids: list[int], page_size: int) -> None:
+    parent = None
+    for end in range(page_size, len(token_ids) + 1, page_size):
+        page = hash(tuple(token_ids[:end]))
+        cached.store(page, parent, token_ids[end - page_size : end])
+        parent = page
+    cached.publish()
+
+
+def pages(token_ids: list[int], page_size: int) -> list[int]:
+    return [hash(tuple(token_ids[:end])) for end in range(page_size, len(token_ids) + 1, page_size)]
+
+
+async def first_messages(cached: CachedBlocks, num: int) -> list[dict[str, Any]]:
+    async with aclosing(cached.events({}, Context())) as stream:
+        return [await anext(stream) for _ in range(num)]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16, 24, 64])
+def test_a_late_router_is_told_what_is_cached_whatever_the_size_of_a_page(page_size: int) -> None:
+    cached, told = CachedBlocks(), Told()
+    token_ids = list(range(1000, 1000 + 192))
+    store(cached, token_ids, page_size)
+    (snapshot,) = asyncio.run(first_messages(cached, 1))
+    told.tell(7, snapshot)
+    assert told.has(7, token_ids) == 192 // KV_BLOCK_SIZE
+    assert told.has(7, [*token_ids[:100], 5, *token_ids[100:]]) == 100 // KV_BLOCK_SIZE
+
+
+def test_branches_of_a_conversation_share_their_beginning() -> None:
+    cached, told = CachedBlocks(), Told()
+    common = list(range(40))  # ends within a block
+    one, other = [*common, *range(100, 160)], [*common, *range(200, 260)]
+    store(cached, one, 1)
+    store(cached, other, 1)
+    (snapshot,) = asyncio.run(first_messages(cached, 1))
+    told.tell(7, snapshot)
+    assert (told.has(7, one), told.has(7, other), told.has(7, [*common, 9, 9, 9])) == (6, 6, 2)
+
+
+def test_changes_follow_what_was_cached_and_pages_that_go_take_their_blocks_along() -> None:
+    cached, told = CachedBlocks(), Told()
+    token_ids = list(range(64))
+    store(cached, token_ids[:32], 1)
+
+    async def listen() -> None:
+        async with aclosing(cached.events({}, Context())) as stream:
+            told.tell(7, await anext(stream))
+            assert told.has(7, token_ids) == 2
+            store(cached, token_ids, 1)
+            told.tell(7, await anext(stream))
+            assert told.has(7, token_ids) == 4
+            cached.remove(pages(token_ids, 1)[:39:-1])  # the last ones first, as engines do, to within a block
+            cached.publish()
+            told.tell(7, await anext(stream))
+            assert told.has(7, token_ids) == 2
+            store(cached, token_ids, 1)
+            told.tell(7, await anext(stream))
+            assert told.has(7, token_ids) == 4
+            cached.clear()
+            cached.publish()
+            told.tell(7, await anext(stream))
+            assert told.has(7, token_ids) == 0
+
+    asyncio.run(listen())
+
+
+def test_an_empty_cache_is_told_too_and_a_stopped_router_ends_the_stream() -> None:
+    async def listen() -> list[dict[str, Any]]:
+        context = Context()
+        messages = []
+        async for message in CachedBlocks().events({}, context):
+            messages.append(message)
+            context.stop_generating()
+        return messages
+
+    assert asyncio.run(asyncio.wait_for(listen(), 5)) == [{"events": []}]
+
+
+def test_a_booking_is_prefill_until_the_prompt_is_cached_and_then_decode_until_it_ends() -> None:
+    load = WorkerLoad()
+    with load.booked(Booking(10, 4), last_block=99):
+        assert (load.num_requests, load.num_prefill_blocks, load.num_decode_blocks) == (1, 4, 0)
+        with load.booked(Booking(5, 5), last_block=98):
+            load.has_cached([1, 99])
+            assert (load.num_requests, load.num_prefill_blocks, load.num_decode_blocks) == (2, 5, 10)
+    assert load == WorkerLoad()
+
+
+def test_a_prompt_that_is_cached_already_is_never_prefill() -> None:
+    load = WorkerLoad()
+    with load.booked(Booking(10, 1), last_block=None):
+        assert (load.num_prefill_blocks, load.num_decode_blocks) == (0, 10)
+    assert load == WorkerLoad()
+
+
+class Chooser:
+    """The router's handler, asked in process; what it books stays booked until `answer_all`."""
+
+    def __init__(self, policy: str = "kv", temperature: float = 0.0) -> None:
+        self.told = Told()
+        self.handler = RequestHandler(POLICIES[policy], temperature, self.told.index, self.told.loads)
+        self.open: list[AsyncGenerator[WorkerFound, None]] = []
+
+    async def choose(self, token_ids: list[int], worker_ids: list[int]) -> WorkerFound:
+        stream = self.handler.find_worker(WorkerQuestion(token_ids, worker_ids), request_context("router"))
+        self.open.append(stream)
+        return await anext(stream)
+
+    async def answer_all(self) -> None:
+        for stream in self.open:
+            await stream.aclose()
+
+
+def prompt(number: int, num_tokens: int = 512) -> list[int]:
+    return random.Random(number).choices(range(49152), k=num_tokens)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cold_burst_is_spread_evenly_by_every_policy(policy: str) -> None:
+    async def burst() -> Counter[int]:
+        chooser = Chooser(policy)
+        found = [await chooser.choose(prompt(number), [1, 2, 3, 4]) for number in range(256)]
+        await chooser.answer_all()
+        assert all(load.num_requests == load.num_prefill_blocks == load.num_decode_blocks == 0
+                   for load in chooser.told.loads.values())  # fmt: skip
+        return Counter(each.worker_id for each in found)
+
+    assert all(0.20 * 256 <= num <= 0.30 * 256 for num in asyncio.run(burst()).values())
+
+
+def test_kv_sends_a_prompt_where_it_is_cached_unless_too_much_waits_there() -> None:
+    async def ask() -> None:
+        chooser = Chooser()
+        cached = CachedBlocks()
+        store(cached, prompt(1), 16)
+        chooser.told.tell(2, cached._snapshot()[0])
+        found = await chooser.choose([*prompt(1), 7, 7, 7], [1, 2, 3, 4])
+        assert (found.worker_id, found.num_cached_tokens) == (2, 512)
+        with ExitStack() as bookings:
+            bookings.enter_context(chooser.told.loads[2].booked(Booking(40, 40), last_block=5))
+            assert (await chooser.choose([*prompt(1), 7, 7, 7], [1, 2, 3, 4])).worker_id != 2
+
+    asyncio.run(ask())
+
+
+def test_a_lost_engine_is_chosen_only_where_there_is_no_other() -> None:
+    async def ask() -> None:
+        chooser = Chooser()
+        chooser.told.index.lost = {1}
+        assert {(await chooser.choose(prompt(number), [1, 2])).worker_id for number in range(20)} == {2}
+        assert (await chooser.choose(prompt(1), [1])).worker_id == 1
+
+    asyncio.run(ask())
+
+
+def test_a_temperature_lets_the_second_best_win_now_and_then() -> None:
+    async def ask() -> Counter[int]:
+        chooser = Chooser(temperature=1.0)
+        cached = CachedBlocks()
+        store(cached, prompt(1), 16)
+        chooser.told.tell(2, cached._snapshot()[0])
+        found = Counter[int]()
+        for _ in range(300):
+            found[(await chooser.choose(prompt(1), [1, 2])).worker_id] += 1
+            await chooser.answer_all()
+            chooser.open.clear()
+        return found
+
+    found = asyncio.run(ask())
+    assert found[2] > found[1] > 20
+
+
+def test_a_decision_costs_less_than_a_third_of_a_millisecond() -> None:
+    """With 4,096 tokens and 8 workers that have it all."""
+
+    async def decide() -> float:
+        chooser = Chooser()
+        cached, token_ids, worker_ids = CachedBlocks(), prompt(1, 4096), list(range(1, 9))
+        store(cached, token_ids, 16)
+        for worker_id in worker_ids:
+            for message in cached._snapshot():
+                chooser.told.tell(worker_id, message)
+        question, context = WorkerQuestion(token_ids, worker_ids), request_context("router")
+        started_s = time.process_time()
+        for _ in range(200):
+            stream = chooser.handler.find_worker(question, context)
+            assert (await anext(stream)).num_cached_tokens == 4096
+            await stream.aclose()
+        return (time.process_time() - started_s) / 200
+
+    assert asyncio.run(decide()) <= 0.0003
+
+
+def test_a_busy_event_loop_is_not_taken_for_a_silent_router() -> None:
+    async def answer() -> int:
+        await asyncio.sleep(0.01)
+        return 7
+
+    async def ask() -> int:
+        asyncio.get_running_loop().call_later(0.001, time.sleep, 0.1)
+        return await within_loop_time(answer())
+
+    assert asyncio.run(ask()) == 7
+
+
+def test_a_silent_router_is_waited_for_no_longer_than_the_deadline() -> None:
+    async def ask() -> float:
+        started_s = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await within_loop_time(asyncio.sleep(60))
+        return time.monotonic() - started_s
+
+    assert asyncio.run(ask()) < 1
