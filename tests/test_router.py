@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from tests.processes import MODEL, Infra, Pipeline, Process, free_port, wait_unt
 pytestmark = pytest.mark.process
 
 NUM_ENGINES = 4
+_numbers = itertools.count()  # no prompt twice
 
 
 class Routed:
@@ -33,7 +35,7 @@ class Routed:
         self.wait_until_routed()
 
     def engine(self) -> Process:
-        return self.pipeline.fake_engine("--kv-events", "--first-token-ms", "300", "--token-interval-ms", "20")
+        return self.pipeline.fake_engine("--kv-events", "--first-token-ms", "200", "--token-interval-ms", "20")
 
     def start_router(self) -> Process:
         return self.pipeline.router(env={"DYN_SYSTEM_PORT": str(self.metrics_port)})
@@ -189,14 +191,14 @@ class TestABookingEnds:
         routed.pipeline.wait_ready(engines=NUM_ENGINES)
 
 
-async def under_load(routed: Routed, duration_s: float, *, num_clients: int = 8) -> list[int]:
+async def under_load(routed: Routed, duration_s: float, *, num_clients: int = 16) -> list[int]:
     """The status codes of what clients ask, one question after the other."""
     ends_at = time.monotonic() + duration_s
     statuses: list[int] = []
 
     async def ask(client: httpx.AsyncClient) -> None:
         while time.monotonic() < ends_at:
-            statuses.append((await post(client, f"Hello {len(statuses)}", 5)).status_code)
+            statuses.append((await post(client, f"{next(_numbers)} Hello " * 10, 1)).status_code)
 
     async with routed.client() as client:
         await asyncio.gather(*(ask(client) for _ in range(num_clients)))
@@ -214,7 +216,7 @@ def test_a_router_that_is_killed_every_three_seconds_costs_no_request(routed: Ro
         return await load
 
     statuses = asyncio.run(harm())
-    assert statuses.count(200) == len(statuses) > 100
+    assert statuses.count(200) == len(statuses) > 40
     wait_until(lambda: "serving inference/router" in routed.router.log, 10, "the router to be back")
     assert routed.wait_until_routed() < 1
 
@@ -228,7 +230,7 @@ def test_a_router_that_hangs_costs_no_request(routed: Routed) -> None:
 
     statuses = asyncio.run(harm())
     os.kill(routed.router.pid, signal.SIGCONT)
-    assert statuses.count(200) == len(statuses) > 50
+    assert statuses.count(200) == len(statuses) > 20
     assert routed.wait_until_routed() < 2
     wait_until(lambda: routed.num_booked() == 0, 2, "no bookings of those that waited in vain")
 
@@ -247,7 +249,7 @@ def test_an_engine_that_was_killed_is_not_chosen_again(routed: Routed) -> None:
         await asyncio.sleep(1)
         num_chosen = routed.num_chosen()[worker_id]
         statuses = await load
-        assert statuses.count(200) == len(statuses) > 100
+        assert statuses.count(200) == len(statuses) > 40
         return num_chosen
 
     num_after_a_second = asyncio.run(harm())

@@ -36,8 +36,9 @@ class AskRouter:
         self._client = client
         self._without: Choose = RoundRobin()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
-        self._resting: dict[int, float] = {}  # until when, on the event loop's clock
-        self._heard_at = -SILENCE_S  # any answer
+        self._resting: dict[int, float] = {}  # until when
+        self._heard_s = -SILENCE_S  # any answer
+        self._is_announced = False  # that one is silent
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -60,32 +61,35 @@ class AskRouter:
         """None where nobody answers, or names none of these."""
         if await self._router() is None:
             return None
+        question = request | to_wire(WorkerQuestion(request["token_ids"], list(instance_ids)))
         async with self._questions:
-            if (router_id := await self._router()) is None:
-                return None
-            question = request | to_wire(WorkerQuestion(request["token_ids"], list(instance_ids)))
-            started_s = time.monotonic()
-            try:
-                found = await within_loop_time(booking.ask(router_id, question))
-            except Exception as error:
-                self._rest(router_id, error)
-                return None
-        self._heard_at = asyncio.get_running_loop().time()
-        took_us = round((time.monotonic() - started_s) * 1e6)
-        route = RouteTrace(f"{router_id:x}", took_us, found.num_cached_tokens)
-        return Chosen(found.worker_id, route) if found.worker_id in instance_ids else None
+            while (router_id := await self._router()) is not None:
+                started_s = time.monotonic()
+                try:
+                    found = await within_loop_time(booking.ask(router_id, question))
+                except TimeoutError as error:
+                    if time.monotonic() - self._heard_s > SILENCE_S:  # otherwise it is only slow
+                        self._rest(router_id, error)
+                    return None
+                except Exception as error:  # one that was killed is still listed; another one may be there
+                    self._rest(router_id, error)
+                    continue
+                self._heard_s, self._is_announced = time.monotonic(), False
+                route = RouteTrace(f"{router_id:x}", round((self._heard_s - started_s) * 1e6), found.num_cached_tokens)
+                return Chosen(found.worker_id, route) if found.worker_id in instance_ids else None
+        return None
 
     async def _router(self) -> int | None:
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         self._resting = {router_id: until for router_id, until in self._resting.items() if until > now}
         return min((each for each in await self._client.instance_ids() if each not in self._resting), default=None)
 
     def _rest(self, router_id: int, error: Exception) -> None:
-        """Ask it no more for a while, unless it is only slow."""
-        now = asyncio.get_running_loop().time()
-        if not isinstance(error, TimeoutError) or now - self._heard_at > SILENCE_S:
-            logger.warning("router %x does not answer, taking turns: %r", router_id, error)
-            self._resting[router_id] = now + REST_S
+        """Ask it no more for a while."""
+        self._resting[router_id] = time.monotonic() + REST_S
+        if not self._is_announced:
+            logger.warning("router %x does not answer: %r", router_id, error)
+            self._is_announced = True
 
 
 class _Booking:
