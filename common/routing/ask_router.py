@@ -11,7 +11,7 @@ import msgspec
 
 from common.dynamo.failover import Choose, Chosen, RoundRobin
 from common.dynamo.runtime import Client, Context
-from common.wire import RouteTrace, WorkerFound, WorkerQuestion, to_wire
+from common.wire import Envelope, RouteTrace, WorkerFound, WorkerQuestion, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class AskRouter:
         """None where nobody answers, or names none of these."""
         if await self._router() is None:
             return None
-        question = request | to_wire(WorkerQuestion(request["token_ids"], list(instance_ids)))
+        question = to_wire(WorkerQuestion(request["token_ids"], list(instance_ids)))
+        question = Envelope.taken_from({**request}).around(question)
         async with self._questions:
             while (router_id := await self._router()) is not None:
                 started_s = time.monotonic()
