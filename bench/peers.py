@@ -204,9 +204,9 @@ class Chapter(DynamoPeer):
     def start_scripts(self) -> None:
         env = self.infra.env | _QUIET
         script, model = self.setting.script, self.setting.model
-        self.child("engine", self.setting.engine_script("bench/chapter/engine.py"), **env)
-        self.child("processor", script("bench/chapter/processor.py", "--model", model), **env)
-        self.child("frontend", script("bench/chapter/frontend.py", "--port", str(self.port)), **env)
+        self.child("engine", self.setting.engine_script("docs/chapter-1/engine_step_1.py"), **env)
+        self.child("processor", script("docs/chapter-1/processor.py", "--model", model), **env)
+        self.child("frontend", script("docs/chapter-1/frontend.py", "--port", str(self.port)), **env)
 
 
 class Dynamo(DynamoPeer):

@@ -1,120 +1,57 @@
-"""README, CONTRIBUTING and docs/: their commands run and print what the pages show; what they name exists.
-
-In the pages, a block of `sh` or `python` is a command. A block of `text` or `json` right behind it is what it prints.
-"""
+"""README, CONTRIBUTING and docs/: their commands run and print what the pages show; what they name exists."""
 
 import ast
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from bench.__main__ import parse_args
 from common.wire import read_engine_chunk, read_engine_request, read_processor_chunk
 from tests.call_endpoint import call_endpoint
-from tests.processes import BIN, MODEL, ROOT, SHORT_LEASE, Infra, Pipeline, Process, free_port, wait_until
+from tests.pages import (
+    COMMANDS,
+    PAGES,
+    README,
+    Launch,
+    assert_shows,
+    block,
+    blocks,
+    in_environment,
+    masked,
+    section,
+    sh,
+)
+from tests.processes import MODEL, ROOT, SHORT_LEASE, Infra, Pipeline, Process, free_port, wait_until
 
-README, EXPERIMENTS = ROOT / "README.md", ROOT / "docs" / "experiments.md"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+DOCS = ROOT / "docs"
+EXPERIMENTS, TROUBLESHOOTING, PERFORMANCE = (
+    DOCS / "experiments.md",
+    DOCS / "troubleshooting.md",
+    DOCS / "performance.md",
+)
+CHAPTERS = sorted(DOCS.glob("chapter-*/README.md"))
+OPENAI_API, OBSERVABILITY = DOCS / "openai-api.md", DOCS / "observability.md"
 
-# Commands that no test here runs as they are written, each with the reason.
+# Commands that no test runs as they are written, each with the reason.
 NOT_RUN = {
-    "make test": "this is it",
-    "make test-quick": "a part of this",
-    "make infra": "an endless one: tests/test_launch.py runs the module behind it",
-    "make status\nkill -9": "would find other engines of this machine: test_pipeline.py and test_launch.py kill theirs",
-    "make restart-processor": "needs `make run`: tests/test_launch.py restarts a program in the same way",
-    "python engine.py": "compared with the command of the running pipeline",
-    "python processor.py": "compared with the command of the running pipeline",
-    "python frontend.py": "compared with the command of the running pipeline",
+    "make infra": "endless: tests/test_launch.py runs the module behind it; the scripts' lines are compared with ours",
+    "MODEL=Qwen": "needs the hub, and a GPU to be of use: tests/test_launch.py passes MODEL on",
     "source .venv/bin/activate": "the tests' own environment",
     "sed -i": "applied to a copy of the file",
     "python echo_engine.py": "run from a temporary folder",
     "etcdctl watch": "endless: run beside the kill",
-    "kill -9": "would find other processors of this machine: the test kills its own",
+    "make bench": "minutes of load each: their arguments are parsed, and tests/test_bench.py runs one",
 }
-
-
-class Block(NamedTuple):
-    """A fenced block, and what follows it directly as its output, if anything does."""
-
-    language: str
-    text: str
-    output: str | None
-
-    @property
-    def command(self) -> str:
-        """Without comments."""
-        return "\n".join(line for line in self.text.splitlines() if not line.startswith("# "))
-
-
-def blocks(page: Path) -> list[Block]:
-    fences = list(re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE))
-    found = []
-    for fence, following in zip_longest(fences, fences[1:]):
-        output = None
-        if following and following[1] in ("text", "json"):
-            between = page.read_text()[fence.end() : following.start()].strip()
-            if not between or (between.endswith(":") and "\n\n" not in between):
-                output = following[2]
-        found.append(Block(fence[1], fence[2].rstrip("\n"), output))
-    return found
-
-
-def block(page: Path, start: str, language: str = "sh", nth: int = 0) -> Block:
-    return [b for b in blocks(page) if b.language == language and b.command.startswith(start)][nth]
-
-
-def section(page: Path, title: str) -> str:
-    return page.read_text().split(f"## {title}\n", 1)[1].split("\n## ", 1)[0]
-
-
-MASKS = (
-    (r"chatcmpl-[0-9a-f]{32}", "chatcmpl-ID"),
-    (r'"created": ?\d+', '"created":TIME'),
-    (r'"instance_id":\d+', '"instance_id":N'),
-    (r"(?<=[-/])[0-9a-f]{10,16}\b", "LEASE"),
-    (r"\s+[\d.]+ s\b", " N s"),
-    (r"pid \d+", "pid N"),
-    (r"(localhost|127\.0\.0\.1):\d+", "HOST"),
-    (r" --endpoints \S+", ""),
-    (r"logs in \S+", "logs in FOLDER"),
-)
-SAMPLED = ((r'"content": ".+"', "CONTENT"), (r'"(completion|total)_tokens": \d+', "N"), (r'"(stop|length)"', "END"))
-
-
-def masked(text: str, *, is_sampled: bool = False) -> str:
-    """Without ids, times and ports; with `is_sampled`, also without the model's words and how many they were."""
-    for pattern, replacement in MASKS + (SAMPLED if is_sampled else ()):
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-def assert_shows(shown: str, real: str, *, is_sampled: bool = False) -> None:
-    """Every line of a page's output is in the real one, in that order; "..." stands for any number of lines."""
-    lines = iter(masked(real, is_sampled=is_sampled).splitlines())
-    for line in masked(shown, is_sampled=is_sampled).splitlines():
-        assert line == "..." or line in lines, f"{line!r} is not in, or not in this order:\n{real}"
-
-
-def sh(command: str, pipeline: Pipeline, *, timeout_s: float = 120, **environ: str) -> str:
-    """Run as a reader would, in an activated environment, with the pipeline's ports for the usual ones."""
-    command = command.replace("localhost:8080", f"localhost:{pipeline.http_port}")
-    command = command.replace("127.0.0.1:8222", environ.get("MONITORING", "127.0.0.1:8222"))
-    done = subprocess.run(
-        ["bash", "-c", f"set -e\n{command}"], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s,
-        env={**os.environ, **pipeline.env, **in_environment(pipeline.infra), **environ},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def entries_of(choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,16 +59,11 @@ def entries_of(choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for choice in choices for entry in choice["logprobs"]["content"]]
 
 
-def in_environment(infra: Infra) -> dict[str, str]:
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return {"PATH": path, "ETCDCTL_ENDPOINTS": f"127.0.0.1:{infra.etcd_port}", "NO_PROXY": "localhost,127.0.0.1"}
-
-
 class TestPages:
     def test_every_command_is_run_by_a_test_or_listed_with_a_reason(self) -> None:
-        source = Path(__file__).read_text().split("class TestPages", 1)[1]
-        starts = set(re.findall(r'block\(\w+, "([^"]+)"', source)) | set(NOT_RUN)
-        commands = {b.command for page in (README, EXPERIMENTS) for b in blocks(page) if b.language in ("sh", "python")}
+        tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+        starts = set(re.findall(r'\bblock\(\w+, "([^"]+)"', tests)) | set(NOT_RUN)
+        commands = {b.command for page in PAGES for b in blocks(page) if b.language in COMMANDS}
         unknown = {command for command in commands if not command.startswith(tuple(starts))}
         assert not unknown
         stale = {start for start in starts if not any(command.startswith(start) for command in commands)}
@@ -144,10 +76,39 @@ class TestPages:
         assert not broken
 
     def test_the_readme_leads_to_every_page(self) -> None:
-        missing = [
-            page.name for page in PAGES if page != README and f"{page.relative_to(ROOT)})" not in README.read_text()
+        found, unread = {README}, [README]
+        while unread:
+            page = unread.pop()
+            linked = {(page.parent / link).resolve() for link in re.findall(r"\]\(([\w./-]+\.md)", page.read_text())}
+            unread += linked - found
+            found |= linked
+        assert set(PAGES) <= found
+
+    def test_the_readme_is_a_page_and_the_way_to_this_code_a_short_one(self) -> None:
+        def num_lines(*paths: Path) -> int:
+            return sum(len(path.read_text().splitlines()) for path in paths)
+
+        assert num_lines(README) <= 200
+        scripts = [ROOT / f"{name}.py" for name in ("frontend", "processor", "engine")]
+        assert num_lines(README, *scripts, *(DOCS / "chapter-1").iterdir()) < 1400
+
+    def test_the_picture_shows_figures_of_the_table(self) -> None:
+        picture, table = (DOCS / "performance.svg").read_text(), section(PERFORMANCE, "What you get")
+        widths = [int(width) for width in re.findall(r'x="180" y="\d+" width="(\d+)"', picture)]
+        figures = re.findall(r">([\d,]+)</text>", picture)
+        assert widths == [int(figure.replace(",", "")) // 100 for figure in figures]
+        assert len(figures) == 12
+        assert all(figure in table for figure in figures)
+
+    def test_the_bench_takes_the_arguments_of_the_page(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines = [
+            shlex.split(line, comments=True) for line in block(PERFORMANCE, "make bench", "bash").text.splitlines()
         ]
-        assert not missing
+        commands = [words for words in lines if words[:3] == ["python", "-m", "bench"]]
+        assert len(commands) == 6
+        for command in commands:
+            monkeypatch.setattr("sys.argv", command[2:])
+            parse_args()
 
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
     def test_make_targets_exist(self, page: Path) -> None:
@@ -164,6 +125,16 @@ class TestPages:
             "echo_engine.py"
         }
         assert not [name for name in named if not (ROOT / name).exists()]
+
+    @pytest.mark.parametrize("page", CHAPTERS, ids=lambda page: page.parent.name)
+    def test_excerpts_are_what_the_files_say(self, page: Path) -> None:
+        excerpts = [b.text.splitlines() for b in blocks(page) if b.language == "diff"]
+        assert excerpts
+        for old, new, *lines in excerpts:
+            assert len(lines) < 60
+            for files, sign in ((old.removeprefix("--- "), "-"), (new.removeprefix("+++ "), "+")):
+                code = "".join((ROOT / file).read_text() for file in files.split(", "))
+                assert not [line for line in lines if line.startswith(sign) and f"{line[1:]}\n" not in code]
 
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
     def test_tests_exist(self, page: Path) -> None:
@@ -203,8 +174,7 @@ def functions(file: Path) -> set[str]:
 def wire_examples() -> list[dict[str, Any]]:
     """Frontend to processor, processor to engine, engine to processor, processor to frontend, an error."""
     return [
-        json.loads(text)
-        for text in re.findall(r"```json\n(.+?)```", section(README, "What crosses the wire"), re.DOTALL)
+        json.loads(text) for text in re.findall(r"^\{.+\}$", section(README, "What crosses the wire"), re.MULTILINE)
     ]
 
 
@@ -303,7 +273,7 @@ class TestWithoutTheModel:
         bench.retire(engine)
 
     def test_etcd_forgets_who_is_killed_and_learns_who_comes(self, bench: Bench, tmp_path: Path) -> None:
-        shown = block(EXPERIMENTS, "kill -9").output
+        shown = block(EXPERIMENTS, "kill -9 $(cat .data/run/processor.pid)").output
         assert shown is not None
         watched = tmp_path / "watched"
         command = ["bash", "-c", f"exec {block(EXPERIMENTS, 'etcdctl watch').command}"]
@@ -333,7 +303,7 @@ class TestWithoutTheModel:
         assert looking.output is not None
         subjects = sh(looking.command, bench.pipeline, MONITORING=bench.monitoring)
         assert masked(subjects) == masked(looking.output)
-        in_etcd = sh(block(README, "etcdctl get --prefix v1/instances").command, bench.pipeline)
+        in_etcd = sh(block(EXPERIMENTS, "etcdctl get --prefix v1/instances").command, bench.pipeline)
         assert all(f'"nats_tcp":{subject}' in in_etcd for subject in subjects.split())
         bench.retire(engine)
 
@@ -352,8 +322,17 @@ class TestWithoutTheModel:
         assert num_messages() - before < 50
         bench.retire(engine)
 
+    def test_a_processor_opens_a_port_for_its_metrics(self, bench: Bench) -> None:
+        starting = block(OBSERVABILITY, "DYN_SYSTEM_PORT=9101 python processor.py").command.split()
+        reading = block(OBSERVABILITY, "curl -s http://127.0.0.1:9101/metrics").command
+        port = str(free_port())
+        measured = bench.pipeline.script(*starting[2:], env={"DYN_SYSTEM_PORT": port})
+        wait_until(lambda: len(bench.infra.instance_keys("processor")) == 2, 60, "the processor")
+        assert "dynamo_chat_requests_total" in sh(reading.replace("9101", port), bench.pipeline)
+        bench.retire(measured)
+
     def test_without_an_engine_the_answer_is_the_503_of_the_page(self, bench: Bench) -> None:
-        shown = re.findall(r'^\{"error":.*No instance.*\}$', README.read_text(), re.MULTILINE)
+        shown = re.findall(r'^\{"error":.*No instance.*\}$', TROUBLESHOOTING.read_text(), re.MULTILINE)
         impatient = bench.pipeline.script(
             "processor.py", "--model", MODEL, "--served-model-name", "m", "--engine-wait", "0.2"
         )
@@ -368,12 +347,13 @@ class TestWithoutTheModel:
 @pytest.mark.pipeline
 class TestWithTheModel:
     def test_the_three_commands_are_what_the_tests_start(self, pipeline: Pipeline) -> None:
+        terminals = block(README, "make infra").command
         commands = {process.name: process.command for process in pipeline.processes}
         for script in ("engine.py", "processor.py", "frontend.py"):
             is_frontend = script == "frontend.py"
             address = ["--host", pipeline.address, "--port", str(pipeline.http_port)] if is_frontend else []
-            typed = block(README, f"python {script}").command.split()
-            assert [*typed[1:], *address] == list(commands[script][1:])
+            (typed,) = (line for line in terminals.splitlines() if line.startswith(f"python {script}"))
+            assert [*typed.split()[1:], *address] == list(commands[script][1:])
 
     def test_curl_gets_the_answer_of_the_page(self, pipeline: Pipeline) -> None:
         asking = block(README, "curl -X POST")
@@ -381,12 +361,12 @@ class TestWithTheModel:
         assert masked(sh(asking.command, pipeline)).strip() == masked(asking.output).strip()
 
     def test_etcd_says_what_the_page_says(self, pipeline: Pipeline) -> None:
-        looking = block(README, "etcdctl get --prefix v1/instances")
+        looking = block(EXPERIMENTS, "etcdctl get --prefix v1/instances")
         assert looking.output is not None
         assert masked(sh(looking.command, pipeline)).strip() == masked(looking.output).strip()
 
     def test_openais_client_streams(self, pipeline: Pipeline) -> None:
-        program = block(README, "from openai import OpenAI", "python")
+        program = block(OPENAI_API, "from openai import OpenAI", "python")
         assert program.output is not None
         assert sh(f"python -c '{program.text}'", pipeline) == program.output
 
@@ -428,13 +408,36 @@ class TestWithTheModel:
         assert len({choice["message"]["content"] for choice in choices}) > 1
         assert any(entry["logprob"] < entry["top_logprobs"][0]["logprob"] for entry in entries_of(choices))
 
-    def test_make_run_prints_what_the_page_shows(self, embedded_model: str, tmp_path: Path) -> None:
-        running = block(README, "make run")
-        assert running.output is not None
-        ports = {f"{name}_PORT": str(free_port()) for name in ("NATS", "NATS_MONITORING", "ETCD", "HTTP")}
-        environ = os.environ | ports | {"RUN_ONCE": "1", "DATA_DIR": str(tmp_path)}
-        done = subprocess.run(
-            running.command.split(), cwd=ROOT, capture_output=True, text=True, timeout=280, env=environ
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert_shows(running.output, done.stdout, is_sampled=True)
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Launch]:
+    launch = Launch(tmp_path_factory.mktemp("run"), *block(README, "make run").command.split())
+    try:
+        launch.wait_for("Ctrl-C stops everything")
+        yield launch
+    finally:
+        launch.stop()
+
+
+@pytest.mark.pipeline
+class TestMakeRun:
+    def test_it_prints_what_the_page_shows(self, launch: Launch) -> None:
+        shown = block(README, "make run").output
+        assert shown is not None
+        assert_shows(shown, launch.output.read_text(), is_sampled=True)
+
+    def test_a_killed_processor_comes_back(self, launch: Launch) -> None:
+        launch.other_terminal(block(EXPERIMENTS, "kill -9 $(cat .data/run/processor.pid)").command)
+        launch.wait_for("supervisor: processor started", 20)
+
+    def test_a_restart_takes_one_command(self, launch: Launch) -> None:
+        said = launch.other_terminal(block(README, "make restart-processor").command)
+        assert said.splitlines()[-2:] == ["processor: stopped", "processor: started"]
+
+    def test_a_killed_engine_comes_back_as_the_page_shows(self, launch: Launch) -> None:
+        killing = block(README, "make status")
+        shown = [each.text for each in blocks(README) if each.text.startswith("supervisor: engine died")]
+        status = launch.other_terminal(killing.command)
+        assert [line.split()[1] for line in status.splitlines()] == ["RUNNING"] * 5
+        launch.wait_for("supervisor: engine started", 20)
+        assert_shows(shown[0], launch.output.read_text())

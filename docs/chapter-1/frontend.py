@@ -1,4 +1,4 @@
-"""The chapter's frontend, as plainly as it can be written on Dynamo 1.4.2; it also streams, one event per token."""
+"""The chapter's frontend, as plainly as it can be written on today's Dynamo; it also streams, one event per token."""
 
 import argparse
 import json

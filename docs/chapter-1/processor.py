@@ -1,4 +1,4 @@
-"""The chapter's processor, as plainly as it can be written on Dynamo 1.4.2; it also streams, one dict per token."""
+"""The chapter's processor, as plainly as it can be written on today's Dynamo; it also streams, one dict per token."""
 
 import argparse
 

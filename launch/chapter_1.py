@@ -1,0 +1,94 @@
+"""`make chapter-1`: the chapter taken literally, its three scripts in docs/chapter-1/, on one machine.
+
+Servers, environment and supervisor are those of `make run`: a reader breaks one and then the other in the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+import torch
+
+from common.sglang.engine_args import CPU_DEFAULTS, CPU_ENVIRONMENT
+from launch.command import run_command, say
+from launch.first_question import show_answer
+from launch.infra import require_given_servers, server_programs
+from launch.logs import shown
+from launch.model import ROOT
+from launch.program import Program
+from launch.settings import LOOPBACK, Settings
+from launch.supervisor import Supervisor
+
+POLL_S = 0.5
+
+# The scripts are plain Dynamo: these tell it to use NATS, and to stay on this machine, as ours do by themselves.
+DYNAMO_ENVIRONMENT = {"DYN_REQUEST_PLANE": "nats", "DYN_TCP_RESPONSE_STREAM_HOST": "lo", "ETCD_LEASE_TTL": "10"}
+
+
+async def run(settings: Settings) -> None:
+    """Start, wait, ask, show, stay."""
+    await require_given_servers(settings)
+    folder = settings.data_folder / "run"  # of `make run`, so that `make status` and the pid files are the same
+    supervisor = Supervisor(folder, [*server_programs(settings, folder), *chapter_programs(settings)])
+    async with supervisor.running():
+        say(f"chapter-1: starting nats, etcd and the scripts of docs/chapter-1; logs in {shown(folder)}/logs")
+        while not await _accepts(settings.http_port):  # the frontend waits for the processor, and that for the engine
+            supervisor.require_alive()
+            await asyncio.sleep(POLL_S)
+        await asyncio.to_thread(show_answer, settings)
+        if not settings.is_run_once:
+            say("chapter-1: break it as docs/chapter-1/README.md says. Ctrl-C stops everything")
+            await supervisor.keep_running()
+
+
+def chapter_programs(settings: Settings) -> list[Program]:
+    """The three scripts. Without a GPU the engine gets what engine.py sets by itself there."""
+    has_gpu = torch.cuda.is_available()
+    engine_args = [*([] if has_gpu else cpu_flags()), *settings.engine_args]
+    arguments = {
+        "engine": ["--model-path", settings.model, *engine_args],
+        "processor": ["--model", settings.model],
+        "frontend": ["--port", str(settings.http_port)],
+    }
+    environ = DYNAMO_ENVIRONMENT | os.environ | {"PYTHONUNBUFFERED": "1"}
+    environ |= {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
+    if not has_gpu:
+        # SGLang loads our platform by its name, `common...`, which other packages of the environment have, too.
+        environ |= {"SGLANG_PLATFORM": "cpu_torch_native", "PYTHONPATH": str(ROOT)} | CPU_ENVIRONMENT
+    ports = {"frontend": {"HTTP_PORT": settings.http_port}}
+    return [
+        Program(
+            name=name,
+            command=[sys.executable, f"docs/chapter-1/{name}.py", *words],
+            environ=environ,
+            ports=ports.get(name, {}),
+        )
+        for name, words in arguments.items()
+    ]
+
+
+def cpu_flags() -> list[str]:
+    flags = []
+    for name, value in CPU_DEFAULTS.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
+
+
+async def _accepts(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(LOOPBACK, port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def main() -> None:
+    """`python -m launch.chapter_1`, behind `make chapter-1`."""
+    await run(Settings.from_environ(os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("chapter-1", main()))
