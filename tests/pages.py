@@ -104,9 +104,8 @@ class Launch:
         self.folder, self.output = folder, folder / "terminal"
         ports = {f"{name}_PORT": str(free_port()) for name in ("NATS", "NATS_MONITORING", "ETCD", "HTTP")}
         place = {"DATA_DIR": str(folder), "NATS_SERVER": "", "ETCD_ENDPOINTS": ""}
-        etcdctl = {"ETCDCTL_ENDPOINTS": f"127.0.0.1:{ports['ETCD_PORT']}"}
         path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        self.environ = os.environ | ports | place | etcdctl | path | environ
+        self.environ = os.environ | ports | place | path | environ
         with self.output.open("w") as file:
             self.popen = subprocess.Popen(
                 command, cwd=ROOT, env=self.environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -124,12 +123,13 @@ class Launch:
         command = command.replace(".data/", f"{self.folder}/").replace("8080", self.environ["HTTP_PORT"])
         done = subprocess.run(
             ["bash", "-c", f"set -e\n{command}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-            env=self.environ,
+            env=self.environ | {"ETCDCTL_ENDPOINTS": f"127.0.0.1:{self.environ['ETCD_PORT']}"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def stop(self) -> None:
         """Ctrl-C."""
-        os.killpg(self.popen.pid, signal.SIGINT)
-        self.popen.wait(60)
+        if self.popen.poll() is None:
+            os.killpg(self.popen.pid, signal.SIGINT)
+            self.popen.wait(60)

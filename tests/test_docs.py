@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,10 +267,14 @@ class TestWithoutTheModel:
     def test_an_engine_of_your_own_answers_with_the_prompt(self, bench: Bench) -> None:
         code = block(EXPERIMENTS, "import uvloop", "python").text
         assert len([line for line in code.splitlines() if line]) <= 14
+        for check in (["check"], ["format", "--check"]):
+            command = [sys.executable, "-m", "ruff", *check, "--stdin-filename", "echo_engine.py", "-"]
+            subprocess.run(command, input=code + "\n", text=True, cwd=ROOT, check=True, capture_output=True)
         engine = bench.serve(code)
         asking = block(EXPERIMENTS, "curl -s http://localhost:8080/v1/chat/completions", nth=1)
         assert asking.output is not None
         assert sh(asking.command, bench.pipeline).strip() == asking.output.strip()
+        assert block(EXPERIMENTS, "python echo_engine.py").output in engine.log
         bench.retire(engine)
 
     def test_etcd_forgets_who_is_killed_and_learns_who_comes(self, bench: Bench, tmp_path: Path) -> None:
