@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from bench.__main__ import CPU_ENGINE_ARGS
 from tests.pages import Launch, assert_shows, block, blocks, masked
 from tests.processes import MODEL, ROOT, SHORT_LEASE, Process, wait_until
 
@@ -72,7 +73,8 @@ def test_an_engine_that_dies_midway_costs_the_answer(chapter: Launch) -> None:
 @pytest.fixture(scope="module")
 def engine_step_1(chapter: Launch) -> Iterator[Process]:
     """The solution of step 1, on an engine without a model: one that is back sooner."""
-    command = [sys.executable, "-m", "bench.fake_sglang", "docs/chapter-1/engine_step_1.py", "--model-path", MODEL]
+    script = ["docs/chapter-1/engine_step_1.py", "--model-path", MODEL, *CPU_ENGINE_ARGS]
+    command = [sys.executable, "-m", "bench.fake_sglang", *script]
     servers = {
         "NATS_SERVER": f"nats://127.0.0.1:{chapter.environ['NATS_PORT']}",
         "ETCD_ENDPOINTS": f"http://127.0.0.1:{chapter.environ['ETCD_PORT']}",
@@ -86,14 +88,15 @@ def engine_step_1(chapter: Launch) -> Iterator[Process]:
         engine.stop()
 
 
-def is_answered(chapter: Launch) -> bool:
+def is_answered(chapter: Launch, engine: Process) -> bool:
     """With one token, where one is asked for."""
+    assert engine.is_alive, engine.log
     answer = chapter.other_terminal(block(PAGE, CURL).command)
     return answer.startswith("{") and json.loads(answer)["usage"]["completion_tokens"] == 1
 
 
 def test_the_solution_of_step_1_counts_the_last_token(chapter: Launch, engine_step_1: Process) -> None:
-    wait_until(lambda: is_answered(chapter), 120, "an answer of one token")
+    wait_until(lambda: is_answered(chapter, engine_step_1), 120, "an answer of one token")
 
 
 def test_workers_end_and_the_frontend_is_lost_when_etcd_hangs(chapter: Launch, engine_step_1: Process) -> None:
@@ -107,4 +110,4 @@ def test_workers_end_and_the_frontend_is_lost_when_etcd_hangs(chapter: Launch, e
     assert chapter.other_terminal(block(PAGE, CURL).command) == "Internal Server Error"
     restarting = block(PAGE, "make restart-frontend")
     assert "frontend: started" in chapter.other_terminal(restarting.command)
-    wait_until(lambda: is_answered(chapter), 60, "an answer")
+    wait_until(lambda: is_answered(chapter, engine_step_1), 60, "an answer")
