@@ -1,12 +1,17 @@
 """Answers that are JSON, by the real model: SmolLM2 would not write them of its own accord."""
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema
 import pytest
+from annotated_types import Ge, Le, MaxLen
+from openai import OpenAI
+from pydantic import BaseModel
 
+from tests.processes import Pipeline
 from tests.streams import ask_stream
 
 pytestmark = pytest.mark.pipeline
@@ -87,3 +92,37 @@ def test_a_schema_without_a_grammar_is_a_400_that_says_why(
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "response_format.json_schema.schema"
     assert 'Unimplemented keys: ["not"]' in answer.json()["error"]["message"]
+
+
+class Hobby(BaseModel):
+    name: Annotated[str, MaxLen(12)]
+    kind: Literal["game", "sport"] | None
+
+
+class Person(BaseModel):
+    name: Annotated[str, MaxLen(20)]
+    age: Annotated[int, Ge(0), Le(150)]
+    hobbies: Annotated[list[Hobby], MaxLen(2)]
+
+
+@pytest.fixture
+def sdk(pipeline: Pipeline) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def test_openai_python_parses_an_answer_into_a_pydantic_model(sdk: OpenAI, embedded_model: str) -> None:
+    asked: Any = body(embedded_model)
+    answer = sdk.chat.completions.parse(**asked, response_format=Person)
+    person = answer.choices[0].message.parsed
+    assert isinstance(person, Person)
+    assert 0 <= person.age <= 150
+
+
+def test_openai_python_parses_a_stream_into_a_pydantic_model(sdk: OpenAI, embedded_model: str) -> None:
+    asked: Any = body(embedded_model)
+    with sdk.chat.completions.stream(**asked, response_format=Person) as stream:
+        kinds = [event.type for event in stream]
+        person = stream.get_final_completion().choices[0].message.parsed
+    assert kinds.count("content.delta") > 5
+    assert isinstance(person, Person)

@@ -4,6 +4,7 @@ Anything not named here is refused by name, unless it has the value that changes
 """
 
 import re
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -245,7 +246,7 @@ class ChatCompletionRequest(StrictModel):
     def is_eos_ignored(self) -> bool:
         return self.ignore_eos or (self.nvext is not None and self.nvext.ignore_eos)
 
-    @property
+    @cached_property
     def answer_schema(self) -> str | None:
         """The text of the JSON schema that the answer holds to; None where it may be any text."""
         if self.max_forced_calls:
