@@ -162,20 +162,29 @@ def grammars() -> dict[str, Any]:
         return bool(grammar.ll_matcher.try_consume_tokens(token_ids) == len(token_ids))
 
     first = compiled('{"type": "object", "properties": {"a": {"type": "array"}}}')
-    failing = compiled('{"$ref": "#"}')
-    mask = failing.allocate_vocab_mask(49152, 2, "cpu").zero_()
-    failing.fill_vocab_mask(mask, 1)
-    try:
-        failing.accept_token(1000)
-    except ValueError as error:
-        message = str(error)
+
+    def why_given_up(schema: str) -> str | None:
+        """While the model writes some string."""
+        grammar = compiled(schema)
+        for token_id in grammar.llguidance_tokenizer.tokenize_str('"' + "a banana and a bar of abacus beads " * 10):
+            grammar.fill_vocab_mask(mask, 1)
+            try:
+                grammar.accept_token(token_id)
+            except ValueError as error:
+                return str(error)
+        return None
+
+    mask = first.allocate_vocab_mask(49152, 2, "cpu").zero_()
+    message = why_given_up('{"$ref": "#"}')
+    failing_masks = [bool((row == -1).all()) for row in mask]
     for at in range(300):
         backend.set_cache(("json", f"{at}"), first)
     return {
         "without": manager("--grammar-backend", "none").grammar_backend,
         "texts": [text for text in ('{"a":[1,2]}', '{"a": [1, 2]}', '{"a":  [1]}', '{"a":\n[1]}') if takes(text)],
-        "failing_masks": [bool((row == -1).all()) for row in mask],
+        "failing_masks": failing_masks,
         "message": message,
+        "slow_pattern": why_given_up('{"type": "string", "pattern": "(.{0,50}a.{0,50}b){1,50}"}'),
         "invalid": compiled('{"type": 5}').error_message,
         "num_cached": len(backend.cache),
         "newest_is_cached": backend.get_cached_or_future_value(("json", "299"), False)[1],

@@ -56,6 +56,7 @@ def test_in_the_engine_they_act() -> None:
         "sampling_batch_info.SamplingBatchInfo",
         "SamplingParams.verify",
         "GrammarManager.__init__",
+        "GuidanceGrammar.__init__",
         "GuidanceGrammar.fill_vocab_mask",
         "GuidanceGrammar.copy",
         "GuidanceGrammar._check_err",
@@ -78,6 +79,10 @@ def test_a_grammar_that_fails_ends_its_own_request_only() -> None:
     grammars = probe()["grammars"]
     assert grammars["failing_masks"] == [False, True]
     assert grammars["message"] == "NoExtensionBias"
+
+
+def test_a_pattern_that_would_keep_a_batch_waiting_is_given_up_soon() -> None:
+    assert probe()["grammars"]["slow_pattern"] == "lexer error: too many expressions constructed"
 
 
 def test_clients_cannot_fill_the_memory_with_grammars() -> None:

@@ -3,9 +3,9 @@
 With `--skip-tokenizer-init` SGLang's scheduler has no tokenizer, and so no grammars. Here it loads one for its grammar
 backend alone. common/sglang/plugins.py calls `register` in the engine's processes.
 
-What llguidance's grammars need beside that (SGLang 0.5.16): one that turns out too complex while a token is chosen
-raises within the step of the whole batch, which ends the scheduler; its message is a page, with the client's schema;
-and each request compiles its schema once more.
+What llguidance's grammars need beside that (SGLang 0.5.16): limits, since they work within the steps of the whole
+batch; one that goes beyond them raises there, which ends the scheduler; its message is a page, with the client's
+schema; and each request compiles its schema once more.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from common.text.grammar_check import one_line
+from common.text.grammar_check import limits, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def register() -> None:
     around, replace = HookType.AROUND, HookType.REPLACE
     HookRegistry.register("sglang.srt.constrained.grammar_manager.GrammarManager.__init__", with_tokenizer, around)
     grammar = "sglang.srt.constrained.llguidance_backend.GuidanceGrammar"
+    HookRegistry.register(f"{grammar}.__init__", compile_within_limits, replace)
     HookRegistry.register(f"{grammar}.fill_vocab_mask", mask_or_end, around)
     HookRegistry.register(f"{grammar}.copy", copy_compiled, replace)
     HookRegistry.register(f"{grammar}._check_err", check_error, replace)
@@ -79,6 +80,22 @@ def _backend(scheduler: Any) -> Any:
     return create_grammar_backend(
         args, tokenizer, model.vocab_size, model.hf_eos_token_id, think_end_id=model.think_end_id
     )
+
+
+def compile_within_limits(grammar: Any, llguidance_tokenizer: Any, serialized_grammar: str) -> None:
+    """Stands for `GuidanceGrammar.__init__`.
+
+    Raises:
+        ValueError: there is no such grammar.
+    """
+    from llguidance import LLMatcher
+    from sglang.srt.constrained.base_grammar_backend import BaseGrammarObject
+
+    BaseGrammarObject.__init__(grammar)
+    grammar.llguidance_tokenizer, grammar.serialized_grammar = llguidance_tokenizer, serialized_grammar
+    grammar.eos_tokens = set(llguidance_tokenizer.eos_tokens)
+    grammar.ll_matcher = LLMatcher(llguidance_tokenizer, serialized_grammar, log_level=0, limits=limits())
+    check_error(grammar)
 
 
 def mask_or_end(fill: Any, grammar: Any, vocab_mask: Any, index: int) -> None:

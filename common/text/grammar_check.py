@@ -1,6 +1,6 @@
 """Whether there is a grammar for a JSON schema, asked before an engine is.
 
-llguidance makes one, here as in an engine on a CPU. It needs no model for that, and holds to limits of its own.
+llguidance makes one, here as in an engine on a CPU, within the same limits. It needs no model for that.
 """
 
 import asyncio
@@ -14,10 +14,8 @@ from common.errors import InvalidRequest
 from common.openai.json_schema import check_ends
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLParserLimits, LLTokenizer
 
-# Of llguidance's defaults a tenth to a half: an engine with the same grammar then has room.
-MAX_ITEMS, MAX_GRAMMAR_SIZE, LEXER_FUEL = 1500, 50_000, 200_000
 _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
 
@@ -34,23 +32,33 @@ async def check_grammar(schema_text: str, param: str) -> None:
 @functools.lru_cache(maxsize=256)
 def why_no_grammar(schema_text: str) -> str | None:
     """None where there is one."""
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher
 
     try:
         check_ends(msgspec.json.decode(schema_text))
     except ValueError as error:
         return str(error)
-    limits = LLParserLimits(
-        max_items_in_row=MAX_ITEMS, max_grammar_size=MAX_GRAMMAR_SIZE, initial_lexer_fuel=LEXER_FUEL,
-        verbose_errors=False,
-    )  # fmt: skip
     try:
-        matcher = LLMatcher(_bytes(), LLMatcher.grammar_from_json_schema(schema_text), log_level=0, limits=limits)
+        matcher = LLMatcher(_bytes(), LLMatcher.grammar_from_json_schema(schema_text), log_level=0, limits=limits())
     except ValueError as error:
         return one_line(str(error))
     if not matcher.is_error():
         matcher.compute_bitmask()  # what may come first
     return one_line(matcher.get_error()) if matcher.is_error() else None
+
+
+def limits() -> "LLParserLimits":
+    """llguidance's own allow a pattern to take 40 ms of every token of the whole batch, and 500 MB.
+
+    A token takes 2 ms at most (14,000 units of fuel a ms), a grammar 100 MB of states. Dates, addresses, lists of a
+    thousand values need a tenth of that.
+    """
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=200_000, step_lexer_fuel=30_000, max_lexer_states=50_000, max_grammar_size=50_000,
+        verbose_errors=False,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -62,5 +70,5 @@ def _bytes() -> "LLTokenizer":
 
 
 def one_line(message: str) -> str:
-    """Of an error of llguidance: the reason, without its state and the whole grammar."""
-    return " ".join(message.partition("<state>")[0].split()).rstrip(".")
+    """Of an error of llguidance: the reason, in one line."""
+    return " ".join(message.partition("<non-verbose/>")[0].split()).rstrip(".")
