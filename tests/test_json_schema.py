@@ -7,6 +7,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import check_ends, schema_text
@@ -157,3 +159,27 @@ def test_formats_without_a_schema_of_their_own(response_format: Any, schema: Any
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": response_format}
     text = parse_chat_request(body).answer_schema
     assert (text and msgspec.json.decode(text)) == schema
+
+
+KEYWORDS = (
+    "type", "properties", "required", "items", "prefixItems", "minItems", "anyOf", "oneOf", "allOf", "$ref", "$defs",
+    "enum", "const", "minLength", "pattern", "format", "additionalProperties", "x-guidance", "default", "not",
+)  # fmt: skip
+LEAF = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5)
+    | st.sampled_from(["string", "object", "array", "integer", "#", "#/$defs/a", "#/items/0", "date", "^a*$"])
+)  # fmt: skip
+ANYTHING = st.recursive(
+    LEAF,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYWORDS) | st.text(max_size=2), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYWORDS), ANYTHING, max_size=5))
+def test_whatever_is_sent_as_a_schema_is_taken_or_refused(schema: dict[str, Any]) -> None:
+    assert why_refused(schema) != ""
