@@ -20,9 +20,9 @@ from common.dynamo.service import RequestContext, service
 from common.openai.request import ChatCompletionRequest
 from common.routing.ask_router import AskRouter
 from common.text.chat_tokenizer import ChatTokenizer
-from common.text.choice import Choice, merged
+from common.text.choice import Choice, merged, usage_of
 from common.text.grammar_check import check_grammar
-from common.wire import ENGINE_ANSWERS, EngineChunk, ProcessorChunk, ProcessorDescription, Usage
+from common.wire import ENGINE_ANSWERS, EngineChunk, ProcessorChunk, ProcessorDescription
 
 
 class RequestHandler:
@@ -52,23 +52,20 @@ class RequestHandler:
         token_ids = await self.tokenizer.encode_chat(request.messages, limits, request.usable_tools)
         context.record.num_prompt_tokens = len(token_ids)
         max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)
-        choices = [Choice(self.tokenizer, request, index, max_tokens) for index in range(request.n)]
-        answers = [self._answer(token_ids, choice, context) for choice in choices]
+        choices = [Choice(self.tokenizer, request, token_ids, index, max_tokens) for index in range(request.n)]
+        answers = [self._answer(choice, context) for choice in choices]
         num_unfinished = request.n
         async with aclosing(merged(answers)) as chunks:
             async for chunk in chunks:
                 num_unfinished -= chunk.finish_reason is not None
                 if not num_unfinished or request.is_usage_continuous:  # the last chunk of all, or each
-                    num_tokens = sum(choice.num_tokens for choice in choices)
-                    chunk.usage = Usage(len(token_ids), num_tokens, len(token_ids) + num_tokens)
+                    chunk.usage = usage_of(len(token_ids), choices)
                 yield chunk
 
-    async def _answer(
-        self, token_ids: list[int], choice: Choice, context: RequestContext
-    ) -> AsyncGenerator[ProcessorChunk, None]:
+    async def _answer(self, choice: Choice, context: RequestContext) -> AsyncGenerator[ProcessorChunk, None]:
         """One of the `n` answers: an engine call of its own, and the text that comes of it."""
         response_stream = await self.engine_client.generate(
-            choice.engine_request(token_ids), context=context, on_restart=choice.on_restart
+            choice.engine_request(), context=context, on_restart=choice.on_restart
         )
         async with aclosing(response_stream):
             async for chunk in response_stream:
@@ -100,5 +97,9 @@ async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: Ch
 if __name__ == "__main__":
     configure_dynamo_logging()
     processor_args = parse_processor_args()
-    chat_tokenizer = ChatTokenizer.load(processor_args.model, parse_special_tokens=processor_args.parse_special_tokens)
+    chat_tokenizer = ChatTokenizer.load(
+        processor_args.model,
+        parse_special_tokens=processor_args.parse_special_tokens,
+        reasoning_parser=processor_args.reasoning_parser,
+    )
     uvloop.run(worker(processor_args, chat_tokenizer))

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek-r1")
 ENVIRONMENT = """\
 environment:
   NATS_SERVER        where NATS is (default nats://localhost:4222); NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD
@@ -126,13 +127,15 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
 class ProcessorArgs:
     """model: a folder or a hub name. engine_wait_s: how long a request waits for an engine, in seconds.
 
-    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text.
+    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text. reasoning_parser: see
+    common/text/reasoning.py.
     """
 
     model: str
     model_names: list[str]
     engine_wait_s: float
     parse_special_tokens: bool
+    reasoning_parser: str = "auto"
 
 
 def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
@@ -166,9 +169,16 @@ def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
         action="store_true",
         help="read special tokens that clients write in messages, as other servers do; by default they are plain text",
     )
+    parser.add_argument(
+        "--reasoning-parser",
+        choices=REASONING_PARSERS,
+        default="auto",
+        help='how the model marks what it thinks before it answers: qwen3 begins with "<think>", deepseek-r1 is within '
+        "it from the start, none has no such marks; auto tells from the chat template (default: auto)",
+    )
     args = parser.parse_args(argv)
     model_names = args.served_model_name or [args.model]
-    return ProcessorArgs(args.model, model_names, args.engine_wait, args.parse_special_tokens)
+    return ProcessorArgs(args.model, model_names, args.engine_wait, args.parse_special_tokens, args.reasoning_parser)
 
 
 @dataclass(frozen=True)

@@ -202,10 +202,15 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     can_constrain: bool = False
 
 
-class Usage(msgspec.Struct):
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
+class Usage(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class TokenLogprob(TypedDict):
@@ -233,7 +238,7 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
 class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     """A piece of one choice's text, the end of that choice, or both. `usage` comes with the last chunk of all.
 
-    logprobs: one entry for each token behind the text. tool_calls: behind the content.
+    logprobs: one entry for each token behind it. The reasoning comes before the content, calls of tools behind it.
     """
 
     index: Annotated[int, Meta(ge=0)] = 0
@@ -244,14 +249,16 @@ class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     path: HopTrace | None = None
     error: Any = None
     tool_calls: list[ToolCallDelta] = []
+    reasoning_content: str = ""
 
     @property
     def has_content(self) -> bool:
-        return bool(self.content or self.logprobs or self.tool_calls)
+        return bool(self.content or self.reasoning_content or self.logprobs or self.tool_calls)
 
     def add(self, other: "ProcessorChunk") -> None:
         """Append what comes next of the same choice."""
         self.content += other.content
+        self.reasoning_content += other.reasoning_content
         self.tool_calls += other.tool_calls
         self.finish_reason = other.finish_reason or self.finish_reason
         if other.logprobs is not None:

@@ -1,7 +1,10 @@
-"""A model folder like those of models with tools in Hermes' form: SmolLM2's tokenizer, and another chat template."""
+"""Model folders like those of models that call tools in Hermes' form, or think: SmolLM2, with another template."""
 
 import shutil
 from pathlib import Path
+
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
 
 from tests.processes import MODEL, ROOT
 
@@ -27,6 +30,27 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+
+
+THINKING_TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>
+{%- endif %}{{ message.content }}<|im_end|>
+{% endfor %}{% if reasoning_effort is defined %}<|im_start|>system
+{{ reasoning_effort }}<|im_end|>
+{% endif %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def make_thinking_model(folder: Path, *, is_open: bool) -> Path:
+    """One that has tokens for its thoughts. is_open: its prompt begins them."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
+    tokenizer.chat_template = THINKING_TEMPLATE + "<think>\n" * is_open
+    tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(ROOT / MODEL / name, folder)
+    return folder
 
 
 def make_hermes_model(folder: Path) -> Path:

@@ -20,6 +20,7 @@ class Stream:
     contents: dict[int, str] = field(default_factory=dict)
     deltas: dict[int, list[str]] = field(default_factory=dict)
     logprobs: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    reasoning: dict[int, str] = field(default_factory=dict)
     tool_calls: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     num_tool_call_deltas: int = 0
     finish_reasons: dict[int, str] = field(default_factory=dict)
@@ -101,11 +102,23 @@ def _read_choice(stream: Stream, choice: dict[str, Any]) -> None:
         assert delta in ({"role": "assistant", "content": content, "refusal": None} for content in ("", None))
         assert choice["finish_reason"] is None
         stream.contents[index], stream.deltas[index], stream.logprobs[index] = "", [], []
-        stream.tool_calls[index] = []
+        stream.tool_calls[index], stream.reasoning[index] = [], ""
     elif choice["finish_reason"] is not None:
         assert delta == {}
         assert choice["finish_reason"] in ("stop", "length", "tool_calls")
         stream.finish_reasons[index] = choice["finish_reason"]
+    else:
+        _read_delta(stream, index, delta)
+        if choice["logprobs"] is not None:
+            stream.logprobs[index] += choice["logprobs"]["content"]
+
+
+def _read_delta(stream: Stream, index: int, delta: dict[str, Any]) -> None:
+    """Thoughts, content, or a piece of one call."""
+    if "reasoning_content" in delta:
+        assert set(delta) == {"reasoning_content"}
+        assert not stream.contents[index]
+        stream.reasoning[index] += delta["reasoning_content"]
     elif "tool_calls" in delta:
         assert set(delta) == {"tool_calls"}
         (call,) = delta["tool_calls"]
@@ -115,8 +128,6 @@ def _read_choice(stream: Stream, choice: dict[str, Any]) -> None:
         assert set(delta) == {"content"}
         stream.contents[index] += delta["content"]
         stream.deltas[index].append(delta["content"])
-        if choice["logprobs"] is not None:
-            stream.logprobs[index] += choice["logprobs"]["content"]
 
 
 def _read_tool_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:

@@ -58,6 +58,7 @@ class Message(JsonObject, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
@@ -96,6 +97,7 @@ class Delta(JsonObject, kw_only=True):
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     refusal: UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[AnswerToolCallDelta] | UnsetType = UNSET
 
 
@@ -157,7 +159,8 @@ class _Answer:
         """
         if chunk.index >= self.num_choices:
             raise BadUpstream("The processor answered a choice that nobody asked for.")
-        self._num_characters += len(chunk.content) + sum(len(delta.arguments) for delta in chunk.tool_calls)
+        self._num_characters += len(chunk.content) + len(chunk.reasoning_content)
+        self._num_characters += sum(len(delta.arguments) for delta in chunk.tool_calls)
         if self._num_characters > MAX_ANSWER_CHARACTERS:
             raise BadUpstream("The processor's answer does not end.")
         self.usage = chunk.usage or self.usage
@@ -239,18 +242,16 @@ class AnswerStream(_Answer):
         if self.record.path is not None:
             self.record.path.answering()
         events = b""
+        deltas = _deltas(chunk)
         if index not in self._started:
             self._started.add(index)
-            content = None if chunk.tool_calls and not chunk.content else ""
-            delta = Delta(role="assistant", content=content, refusal=None)
-            events += self._event(
-                ChunkChoice(index=index, delta=Delta(role="assistant", content=content, refusal=None))
-            )
-        if chunk.content or chunk.logprobs:
-            delta = Delta(content=chunk.content)
-            events += self._event(ChunkChoice(index=index, delta=delta, logprobs=_logprobs(chunk.logprobs)))
-        for tool_call in chunk.tool_calls:
-            events += self._event(ChunkChoice(index=index, delta=Delta(tool_calls=[_tool_call_delta(tool_call)])))
+            content = "" if not deltas or deltas[0].content is not UNSET else None
+            first = Delta(role="assistant", content=content, refusal=None)
+            events += self._event(ChunkChoice(index=index, delta=first))
+        logprobs = _logprobs(chunk.logprobs)
+        for delta in deltas:
+            events += self._event(ChunkChoice(index=index, delta=delta, logprobs=logprobs))
+            logprobs = None
         if chunk.finish_reason is not None:
             events += self._event(ChunkChoice(index=index, delta=Delta(), finish_reason=chunk.finish_reason))
         return events
@@ -272,6 +273,15 @@ def _call_id() -> str:
     return f"call_{uuid.uuid4().hex}"
 
 
+def _deltas(chunk: ProcessorChunk) -> list[Delta]:
+    """In their order; at least one where there are logprobs, which go with the first."""
+    deltas = [Delta(reasoning_content=chunk.reasoning_content)] if chunk.reasoning_content else []
+    if chunk.content:
+        deltas.append(Delta(content=chunk.content))
+    deltas += [Delta(tool_calls=[_tool_call_delta(delta)]) for delta in chunk.tool_calls]
+    return deltas or [Delta(content="")] * bool(chunk.logprobs)
+
+
 def _tool_call_delta(delta: ToolCallDelta) -> AnswerToolCallDelta:
     if delta.name is None:
         return AnswerToolCallDelta(index=delta.index, function=FunctionDelta(arguments=delta.arguments))
@@ -280,10 +290,12 @@ def _tool_call_delta(delta: ToolCallDelta) -> AnswerToolCallDelta:
 
 
 def _message(chunk: ProcessorChunk) -> Message:
-    """The whole answer of a choice; its content is null where it only calls tools."""
+    """The whole answer of a choice; its content is null where it only calls tools, or did not get beyond reasoning."""
     calls: list[AnswerToolCall] = []
     for delta in chunk.tool_calls:
         if delta.name is not None:
             calls.append(AnswerToolCall(id=_call_id(), function=CalledFunction(name=delta.name)))
         calls[delta.index].function.arguments += delta.arguments
-    return Message(content=chunk.content or (None if calls else ""), tool_calls=calls or UNSET)
+    content = chunk.content or (None if calls or chunk.reasoning_content else "")
+    reasoning_content = chunk.reasoning_content or UNSET
+    return Message(content=content, reasoning_content=reasoning_content, tool_calls=calls or UNSET)

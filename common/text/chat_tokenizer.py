@@ -19,6 +19,7 @@ from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes
+from common.text.reasoning import ReasoningForm
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tokenizer_identity import tokenizer_sha256
 from common.wire import EngineDescription
@@ -40,7 +41,9 @@ class ChatTokenizer:
 
     sampling_defaults: what the model's generation_config.json recommends, under OpenAI's names. model: what an engine
     would say of the model.
-    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text.
+    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text. reasoning: how the model
+    marks what it thinks before it answers; None where it does not. reasoning_parser: its
+    name in --reasoning-parser.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class ChatTokenizer:
         model: EngineDescription,
         sampling_defaults: dict[str, float | int] | None = None,
         parse_special_tokens: bool = False,
+        reasoning_parser: str = "auto",
     ) -> None:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
@@ -63,10 +67,11 @@ class ChatTokenizer:
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self.template = ChatTemplate(tokenizer)
+        self.reasoning = ReasoningForm.of(reasoning_parser, self.backend, str(tokenizer.chat_template))
         self._literals = None if parse_special_tokens else LiteralSpecialTokens(self.backend, self.template.example)
 
     @classmethod
-    def load(cls, model: str, *, parse_special_tokens: bool = False) -> "ChatTokenizer":
+    def load(cls, model: str, *, parse_special_tokens: bool = False, reasoning_parser: str = "auto") -> "ChatTokenizer":
         """From a folder or a hub name.
 
         Raises:
@@ -90,6 +95,7 @@ class ChatTokenizer:
             model=description,
             sampling_defaults=_sampling_defaults(transformers, model),
             parse_special_tokens=parse_special_tokens,
+            reasoning_parser=reasoning_parser,
         )
 
     def check(self, request: ChatCompletionRequest) -> None:

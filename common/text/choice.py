@@ -13,8 +13,18 @@ from common.sampling import engine_request
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.detokenizer import TokenBytes, detokenize
 from common.text.generated_text import GeneratedText
+from common.text.reasoning import ReasoningReader
 from common.text.tool_calls import PlainTextReader, TextReader, forced_calls_reader, hermes_reader
-from common.wire import EngineChunk, EngineRequest, FinishReason, LogprobEntry, ProcessorChunk, TokenLogprob
+from common.wire import (
+    CompletionTokensDetails,
+    EngineChunk,
+    EngineRequest,
+    FinishReason,
+    LogprobEntry,
+    ProcessorChunk,
+    TokenLogprob,
+    Usage,
+)
 
 T = TypeVar("T")
 _QUEUE_LENGTH = 16
@@ -29,8 +39,10 @@ class Choice:
     token that completed it. is_finished: nothing more will come of it, even if the engine has more.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, request: ChatCompletionRequest, index: int, max_tokens: int) -> None:
-        self._tokenizer, self._request = tokenizer, request
+    def __init__(
+        self, tokenizer: ChatTokenizer, request: ChatCompletionRequest, prompt: list[int], index: int, max_tokens: int
+    ) -> None:
+        self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
         self.index, self.max_tokens = index, max_tokens
         self.num_tokens = 0
         self.is_finished = False
@@ -39,11 +51,12 @@ class Choice:
         self._logprobs: list[LogprobEntry] | None = None
         self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings)
         self._reader = _reader_for(request)
+        self._thoughts = _thoughts_before(self._reader, tokenizer, request, prompt)
 
-    def engine_request(self, token_ids: list[int]) -> EngineRequest:
-        """What an engine is asked for this choice. token_ids: of the prompt."""
+    def engine_request(self) -> EngineRequest:
+        """What an engine is asked for this choice."""
         defaults = self._tokenizer.sampling_defaults
-        return engine_request(self._request, token_ids, self.index, self.max_tokens, defaults)
+        return engine_request(self._request, self._prompt, self.index, self.max_tokens, defaults)
 
     @property
     def on_restart(self) -> Callable[[], None] | None:
@@ -59,6 +72,8 @@ class Choice:
         Raises:
             BadUpstream: the engine sent more than `max_tokens`.
         """
+        if self._thoughts is not None:
+            self._thoughts.count(data.token_ids)
         chunk = self._accumulated(data) if self._is_accumulated else self._piece(data)
         if self.num_tokens > self.max_tokens:
             raise BadUpstream("The engine sent more tokens than it was asked for.")
@@ -87,14 +102,21 @@ class Choice:
     def _read(
         self, text: str, logprobs: list[LogprobEntry] | None, finish_reason: FinishReason | None
     ) -> ProcessorChunk:
-        """What comes next of the text, as content and as calls of tools."""
-        chunk = self._reader.push(text)
+        """What comes next of the text: thoughts, content, calls of tools."""
+        reader = self._thoughts or self._reader
+        chunk = reader.push(text)
         if finish_reason is not None:
-            chunk.add(self._reader.flush())
+            chunk.add(reader.flush())
         chunk.index, chunk.logprobs = self.index, logprobs
         has_called = finish_reason == "stop" and self._reader.has_called
         chunk.finish_reason = "tool_calls" if has_called else finish_reason
         return chunk
+
+    @property
+    def num_reasoning_tokens(self) -> int | None:
+        """Of those generated; None where the model has no thoughts, or none to be counted."""
+        num_tokens = None if self._thoughts is None else self._thoughts.num_tokens
+        return None if num_tokens is None else min(num_tokens, self.num_tokens)
 
     def _logprob_entries(self, data: EngineChunk, num_tokens: int) -> list[LogprobEntry] | None:
         if self._request.num_top_logprobs is None:
@@ -103,11 +125,30 @@ class Choice:
         return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, hidden_ids)
 
 
+def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
+    """So far."""
+    num_tokens = sum(choice.num_tokens for choice in choices)
+    usage = Usage(num_prompt_tokens, num_tokens, num_prompt_tokens + num_tokens)
+    reasoning = [choice.num_reasoning_tokens for choice in choices if choice.num_reasoning_tokens is not None]
+    if reasoning:
+        usage.completion_tokens_details = CompletionTokensDetails(sum(reasoning))
+    return usage
+
+
 def _reader_for(request: ChatCompletionRequest) -> TextReader:
     names = [tool.name for tool in request.usable_tools]
     if not names:
         return PlainTextReader()
     return forced_calls_reader(names) if request.max_forced_calls else hermes_reader(names)
+
+
+def _thoughts_before(
+    answer: TextReader, tokenizer: ChatTokenizer, request: ChatCompletionRequest, prompt: list[int]
+) -> ReasoningReader | None:
+    if tokenizer.reasoning is None:
+        return None
+    is_open = request.answer_schema is None and tokenizer.reasoning.is_open(prompt)  # a grammar leaves no room for any
+    return ReasoningReader(answer, is_open=is_open, closing_id=tokenizer.reasoning.closing_id)
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

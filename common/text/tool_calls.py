@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from common.wire import ProcessorChunk, ToolCallDelta
 
 # White space is bounded here, so that no text makes a search slow.
-_SPACE = r"\s{0,99}"
+SPACE = r"\s{0,99}"
 _BEGINNING = re.compile(
-    rf'\{{{_SPACE}"name"{_SPACE}:{_SPACE}"([\w-]{{1,64}})"{_SPACE},{_SPACE}"(?:arguments|parameters)"{_SPACE}:{_SPACE}(?={{)'
+    rf'\{{{SPACE}"name"{SPACE}:{SPACE}"([\w-]{{1,64}})"{SPACE},{SPACE}"(?:arguments|parameters)"{SPACE}:{SPACE}(?={{)'
 )
 
 
@@ -57,8 +57,8 @@ class ToolCallReader:
 
     def __init__(self, names: Iterable[str], openings: Iterable[str], closing: str) -> None:
         self._names = frozenset(names)
-        self._opening = re.compile(rf"{_SPACE}(?:{'|'.join(map(re.escape, openings))}){_SPACE}(?={{)")
-        self._unfinished_opening = re.compile(rf"{_SPACE}(?:{'|'.join(map(_prefixes_of, openings))})?\Z")
+        self._opening = re.compile(rf"{SPACE}(?:{'|'.join(map(re.escape, openings))}){SPACE}(?={{)")
+        self._unfinished_opening = re.compile(rf"{SPACE}(?:{'|'.join(map(prefixes_of, openings))})?\Z")
         self._closing = closing
         self._held = self._opened_by = ""
         self._call: _Call | None = None
@@ -133,9 +133,9 @@ def forced_calls_reader(names: Iterable[str]) -> ToolCallReader:
     return ToolCallReader(names, ["[", ","], "]")
 
 
-def _prefixes_of(text: str) -> str:
+def prefixes_of(text: str) -> str:
     """A pattern for the beginnings of a text, and for white space behind the whole of it."""
-    return reduce(lambda rest, character: f"{re.escape(character)}(?:{rest})?", reversed(text), _SPACE)
+    return reduce(lambda rest, character: f"{re.escape(character)}(?:{rest})?", reversed(text), SPACE)
 
 
 class _Call:
