@@ -1,7 +1,9 @@
 """docs/chapter-1: the chapter taken literally works, and breaks as its page says, by the commands of the page."""
 
 import json
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -76,7 +78,7 @@ def test_an_engine_that_dies_midway_costs_the_answer(chapter: Launch) -> None:
 
 @pytest.fixture(scope="module")
 def engine_step_1(chapter: Launch) -> Iterator[Process]:
-    """The solution of step 1, on an engine without a model: one that is back sooner."""
+    """The solution of step 1, on an engine without a model, which is back sooner. The real one waits meanwhile."""
     script = ["docs/chapter-1/engine_step_1.py", "--model-path", MODEL, *CPU_ENGINE_ARGS]
     command = [sys.executable, "-m", "bench.fake_sglang", *script]
     servers = {
@@ -85,10 +87,13 @@ def engine_step_1(chapter: Launch) -> Iterator[Process]:
     }
     plain = {"DYN_REQUEST_PLANE": "nats", "DYN_TCP_RESPONSE_STREAM_HOST": "lo"} | SHORT_LEASE
     engine = Process("engine", command, chapter.folder / "engine_step_1.log", servers | plain)
+    loading = int((chapter.folder / "run" / "engine.pid").read_text())
+    os.kill(loading, signal.SIGSTOP)
     engine.start()
     try:
         yield engine
     finally:
+        os.kill(loading, signal.SIGCONT)
         engine.stop()
 
 
