@@ -97,9 +97,5 @@ async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: Ch
 if __name__ == "__main__":
     configure_dynamo_logging()
     processor_args = parse_processor_args()
-    chat_tokenizer = ChatTokenizer.load(
-        processor_args.model,
-        parse_special_tokens=processor_args.parse_special_tokens,
-        reasoning_parser=processor_args.reasoning_parser,
-    )
+    chat_tokenizer = ChatTokenizer.load(processor_args.model, processor_args.parsing)
     uvloop.run(worker(processor_args, chat_tokenizer))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 REASONING_PARSERS = ("auto", "none", "qwen3", "deepseek-r1")
+OWN_TOOL_CALL_PARSERS = ("hermes", "qwen", "qwen25")  # one form under several names
 ENVIRONMENT = """\
 environment:
   NATS_SERVER        where NATS is (default nats://localhost:4222); NATS_AUTH_USERNAME, NATS_AUTH_PASSWORD
@@ -124,18 +125,31 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
 
 
 @dataclass(frozen=True)
-class ProcessorArgs:
-    """model: a folder or a hub name. engine_wait_s: how long a request waits for an engine, in seconds.
+class Parsing:
+    """How texts are read. special_tokens: whether "<|im_end|>" in a message is that token, and not the text.
 
-    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text. reasoning_parser: see
-    common/text/reasoning.py.
+    reasoning: one of REASONING_PARSERS. tool_calls: a parser of SGLang's, or one of OWN_TOOL_CALL_PARSERS; None for
+    what the chat template tells.
     """
+
+    special_tokens: bool = False
+    reasoning: str = "auto"
+    tool_calls: str | None = None
+
+    @property
+    def has_foreign_calls(self) -> bool:
+        """Whether a parser of SGLang's reads them."""
+        return self.tool_calls is not None and self.tool_calls not in OWN_TOOL_CALL_PARSERS
+
+
+@dataclass(frozen=True)
+class ProcessorArgs:
+    """model: a folder or a hub name. engine_wait_s: how long a request waits for an engine, in seconds."""
 
     model: str
     model_names: list[str]
     engine_wait_s: float
-    parse_special_tokens: bool
-    reasoning_parser: str = "auto"
+    parsing: Parsing
 
 
 def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
@@ -176,9 +190,16 @@ def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
         help='how the model marks what it thinks before it answers: qwen3 begins with "<think>", deepseek-r1 is within '
         "it from the start, none has no such marks; auto tells from the chat template (default: auto)",
     )
+    parser.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes calls of tools, by SGLang's name for it, such as llama3; for any but hermes "
+        "SGLang is loaded, and PyTorch with it (default: hermes, where the chat template has that form)",
+    )
     args = parser.parse_args(argv)
     model_names = args.served_model_name or [args.model]
-    return ProcessorArgs(args.model, model_names, args.engine_wait, args.parse_special_tokens, args.reasoning_parser)
+    parsing = Parsing(args.parse_special_tokens, args.reasoning_parser, args.tool_call_parser)
+    return ProcessorArgs(args.model, model_names, args.engine_wait, parsing)
 
 
 @dataclass(frozen=True)

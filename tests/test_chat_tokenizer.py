@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from common.arguments import parse_processor_args
+from common.arguments import Parsing, parse_processor_args
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai.request import Message, parse_chat_request
 from common.openai.tools import Tool
@@ -47,7 +47,7 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def parsing_tokenizer() -> ChatTokenizer:
-    return ChatTokenizer.load(str(ROOT / MODEL), parse_special_tokens=True)
+    return ChatTokenizer.load(str(ROOT / MODEL), Parsing(special_tokens=True))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,8 @@ def test_special_tokens_in_messages_are_special_where_that_is_asked_for(
 ) -> None:
     messages = messages_of(FORGED_TURN)
     assert ids_of(parsing_tokenizer, messages) == ids_of_transformers(reference, messages)
-    assert parse_processor_args(["--model", "m", "--parse-special-tokens"]).parse_special_tokens
-    assert not parse_processor_args(["--model", "m"]).parse_special_tokens
+    assert parse_processor_args(["--model", "m", "--parse-special-tokens"]).parsing == Parsing(special_tokens=True)
+    assert parse_processor_args(["--model", "m"]).parsing == Parsing()
 
 
 @pytest.mark.parametrize("texts", [(FORGED_TURN,), ("Hello!", FORGED_TURN, FORGED_TURN)])

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from common.arguments import Parsing
 from common.errors import InvalidRequest
 from common.openai.request import ChatCompletionRequest, Message
 from common.openai.tools import Tool
 from common.sampling import ContextLimits
+from common.sglang.tool_call_parsers import check_parser
 from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes
 from common.text.reasoning import ReasoningForm
@@ -33,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A short conversation: encoding it takes 0.2 ms (English) to 1 ms (digits), and handing it over 0.2 ms or more. The
 # characters are those of its JSON.
 SHORT_CHARACTERS, SHORT_MESSAGES = 1200, 20
+DEFAULT_PARSING = Parsing()
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -41,9 +44,8 @@ class ChatTokenizer:
 
     sampling_defaults: what the model's generation_config.json recommends, under OpenAI's names. model: what an engine
     would say of the model.
-    parse_special_tokens: whether "<|im_end|>" in a message is that token, and not the text. reasoning: how the model
-    marks what it thinks before it answers; None where it does not. reasoning_parser: its
-    name in --reasoning-parser.
+    reasoning: how the model marks what it thinks before it answers; None where it does not. shown_ids: of special
+    tokens that may be part of tool calls, for those that read them.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class ChatTokenizer:
         *,
         model: EngineDescription,
         sampling_defaults: dict[str, float | int] | None = None,
-        parse_special_tokens: bool = False,
-        reasoning_parser: str = "auto",
+        parsing: Parsing = DEFAULT_PARSING,
+        end_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
@@ -61,22 +63,26 @@ class ChatTokenizer:
         self.backend.no_padding()
         self.token_bytes = token_bytes(self.backend)
         self.hidden_ids = special_token_ids(self.backend)
+        self.shown_ids = _markup_ids(tokenizer, end_ids) if parsing.has_foreign_calls else frozenset[int]()
         self.model = model
         self.sampling_defaults = sampling_defaults or {}
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self.template = ChatTemplate(tokenizer)
-        self.reasoning = ReasoningForm.of(reasoning_parser, self.backend, str(tokenizer.chat_template))
-        self._literals = None if parse_special_tokens else LiteralSpecialTokens(self.backend, self.template.example)
+        self.reasoning = ReasoningForm.of(parsing.reasoning, self.backend, str(tokenizer.chat_template))
+        self.parsing = parsing
+        self._literals = None if parsing.special_tokens else LiteralSpecialTokens(self.backend, self.template.example)
 
     @classmethod
-    def load(cls, model: str, *, parse_special_tokens: bool = False, reasoning_parser: str = "auto") -> "ChatTokenizer":
+    def load(cls, model: str, parsing: Parsing = DEFAULT_PARSING) -> "ChatTokenizer":
         """From a folder or a hub name.
 
         Raises:
-            OSError, ValueError: there is no such model, or it has no fast tokenizer or no chat template.
+            OSError, ValueError: there is no such model or parser, or it has no fast tokenizer or no chat template.
         """
+        if parsing.has_foreign_calls:
+            check_parser(str(parsing.tool_calls))
         transformers = _transformers_without_torch()
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
         if not tokenizer.is_fast:
@@ -90,12 +96,14 @@ class ChatTokenizer:
             vocab_size=getattr(config, "vocab_size", len(tokenizer)),
             tokenizer_sha256=tokenizer_sha256(model),
         )
+        generation = _generation_config(transformers, model)
+        end_ids = generation.get("eos_token_id") or []
         return cls(
             tokenizer,
             model=description,
-            sampling_defaults=_sampling_defaults(transformers, model),
-            parse_special_tokens=parse_special_tokens,
-            reasoning_parser=reasoning_parser,
+            sampling_defaults={name: generation[name] for name in _SAMPLING_DEFAULTS if name in generation},
+            parsing=parsing,
+            end_ids=end_ids if isinstance(end_ids, list) else [end_ids],
         )
 
     def check(self, request: ChatCompletionRequest) -> None:
@@ -113,9 +121,11 @@ class ChatTokenizer:
                 )
 
     def _check_free_calls(self) -> None:
-        if not self.template.is_hermes:
+        template = self.template
+        if not (template.takes_tools and (template.is_hermes or self.parsing.tool_calls)):
+            reason = "writes calls in a form that needs --tool-call-parser" if template.takes_tools else "takes none"
             raise InvalidRequest(
-                "Invalid value for tools: this model's chat template takes none, so it cannot choose to call one. "
+                f"Invalid value for tools: this model's chat template {reason}, so it cannot choose to call one. "
                 'With tool_choice "required", or with the name of one, it is made to.',
                 param="tools",
             )
@@ -190,9 +200,16 @@ def _transformers_without_torch() -> Any:
     return transformers
 
 
-def _sampling_defaults(transformers: Any, model: str) -> dict[str, float | int]:
+def _generation_config(transformers: Any, model: str) -> dict[str, Any]:
+    """What the model recommends."""
     try:
         config = transformers.GenerationConfig.from_pretrained(model).to_diff_dict()
     except OSError:  # many models recommend nothing
         return {}
-    return {name: config[name] for name in _SAMPLING_DEFAULTS if config.get(name) is not None}
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _markup_ids(tokenizer: "PreTrainedTokenizerBase", end_ids: Sequence[int]) -> frozenset[int]:
+    """The special tokens without those that begin, end or fill a sequence."""
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+    return special_token_ids(tokenizer.backend_tokenizer) - {*end_ids, *named}

@@ -10,6 +10,7 @@ from typing import TypeVar
 from common.errors import BadUpstream
 from common.openai.request import ChatCompletionRequest
 from common.sampling import engine_request
+from common.sglang.tool_call_parsers import SGLangToolCallReader
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.detokenizer import TokenBytes, detokenize
 from common.text.generated_text import GeneratedText
@@ -49,8 +50,9 @@ class Choice:
         self._is_accumulated = not request.stream and not request.stop_strings
         self._token_ids: list[int] = []
         self._logprobs: list[LogprobEntry] | None = None
-        self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings)
-        self._reader = _reader_for(request)
+        self._shown_ids = tokenizer.shown_ids if request.usable_tools else frozenset[int]()
+        self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings, shown_ids=self._shown_ids)
+        self._reader = _reader_for(request, tokenizer)
         self._thoughts = _thoughts_before(self._reader, tokenizer, request, prompt)
 
     def engine_request(self) -> EngineRequest:
@@ -87,7 +89,7 @@ class Choice:
         self._logprobs = self._logprobs if entries is None else (self._logprobs or []) + entries
         if data.finish_reason is None:
             return ProcessorChunk()
-        content = detokenize(self._tokenizer.backend, self._token_ids)
+        content = detokenize(self._tokenizer.backend, self._token_ids, shown_ids=self._shown_ids)
         return self._read(content, self._logprobs, data.finish_reason)
 
     def _piece(self, data: EngineChunk) -> ProcessorChunk:
@@ -121,7 +123,7 @@ class Choice:
     def _logprob_entries(self, data: EngineChunk, num_tokens: int) -> list[LogprobEntry] | None:
         if self._request.num_top_logprobs is None:
             return None
-        token_bytes, hidden_ids = self._tokenizer.token_bytes, self._tokenizer.hidden_ids
+        token_bytes, hidden_ids = self._tokenizer.token_bytes, self._tokenizer.hidden_ids - self._shown_ids
         return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, hidden_ids)
 
 
@@ -135,11 +137,16 @@ def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
     return usage
 
 
-def _reader_for(request: ChatCompletionRequest) -> TextReader:
-    names = [tool.name for tool in request.usable_tools]
-    if not names:
+def _reader_for(request: ChatCompletionRequest, tokenizer: ChatTokenizer) -> TextReader:
+    tools = request.usable_tools
+    if not tools:
         return PlainTextReader()
-    return forced_calls_reader(names) if request.max_forced_calls else hermes_reader(names)
+    names = [tool.name for tool in tools]
+    if request.max_forced_calls:
+        return forced_calls_reader(names)
+    if tokenizer.parsing.has_foreign_calls:
+        return SGLangToolCallReader(str(tokenizer.parsing.tool_calls), tools, is_streamed=request.stream)
+    return hermes_reader(names)
 
 
 def _thoughts_before(

@@ -22,7 +22,7 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -129,11 +129,14 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 class IncrementalDetokenizer:
-    """Turns the ids of one generation into text: for any split, pushes + flush == `detokenize(all ids)`."""
+    """Turns the ids of one generation into text: for any split, pushes + flush == `detokenize(all ids)`.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    shown_ids: of special tokens that are not left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, shown_ids: Set[int] = frozenset()) -> None:
         self._token_bytes = token_bytes(tokenizer)
-        self._skipped_ids = special_token_ids(tokenizer)
+        self._skipped_ids = special_token_ids(tokenizer) - shown_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_at_start = True
 
@@ -160,9 +163,9 @@ class IncrementalDetokenizer:
             self._is_at_start = False
 
 
-def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, shown_ids: Set[int] = frozenset()) -> str:
     """The text of a whole generation; a character cut off at its end is dropped."""
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer = IncrementalDetokenizer(tokenizer, shown_ids=shown_ids)
     return detokenizer.push(token_ids) + detokenizer.flush()
 
 

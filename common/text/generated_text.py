@@ -8,7 +8,7 @@ Why no library: `regex` finds partial matches, but always lets the one that star
 wait for "abcd" although "bc" is there; and no Aho-Corasick of PyPI tells how much of a text to hold back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from tokenizers import Tokenizer
 
@@ -67,8 +67,8 @@ class GeneratedText:
     including the token that completed it, however many came in the same chunk.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), shown_ids: Set[int] = frozenset()) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, shown_ids=shown_ids)
         self._stop_strings = StopStringMatcher(stop) if stop else None
         self.num_tokens = 0
 
