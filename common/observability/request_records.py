@@ -45,7 +45,7 @@ class RequestPath:
     def _now_us(self) -> int:
         return (time.monotonic_ns() - self._received_ns) // 1000
 
-    def calling(self, instance_id: int, route: RouteTrace | None) -> "CallNotes":
+    def calling(self, instance_id: int, route: RouteTrace | None = None) -> "CallNotes":
         call = CallTrace(instance=f"{instance_id:x}", called_us=self._now_us(), route=route)
         self.trace.calls.append(call)
         return CallNotes(call, self._now_us)
