@@ -4,8 +4,11 @@
 
 It serves `inference/engine/generate` and knows nothing about text. SGLang runs inside this process and in children
 of it; each request becomes one call of `async_generate`, and whoever stops waiting aborts that call.
+
+With --kv-events it also serves `inference/engine/kv_events`, which tells routers what is cached, and each change of it.
 """
 
+import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -39,7 +42,14 @@ async def worker(runtime: DistributedRuntime, engine: SGLangEngine) -> None:
     component = runtime.namespace("inference").component("engine")
     await component.create_service()
     handler = RequestHandler(engine)
-    await component.endpoint("generate").serve_endpoint(service(handler.generate, description=engine.description))
+    generate = service(handler.generate, description=engine.description)
+    endpoints = [component.endpoint("generate").serve_endpoint(generate)]
+    if engine.cache_events is not None:
+        await engine.cache_events.connect()
+        runtime.run_in_background(engine.cache_events.follow())
+        kv_events = component.endpoint("kv_events")
+        endpoints.append(kv_events.serve_endpoint(engine.cache_events.cached.events, graceful_shutdown=False))
+    await asyncio.gather(*endpoints)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from common.dynamo.context import RequestContext, when_stopped
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sampling import sglang_sampling_params
+from common.sglang.cache_events import CacheEvents
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
 from common.sglang.stream_pace import Output, StreamPace
 from common.text.tokenizer_identity import tokenizer_sha256
@@ -43,6 +44,7 @@ class SGLangEngine:
         self._tokenizer_manager = self._engine.tokenizer_manager
         self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
+        self.cache_events = CacheEvents.of(server_args)
         model_config = self._tokenizer_manager.model_config
         tokenizer_id = tokenizer_sha256(server_args.tokenizer_path or server_args.model_path, server_args.revision)
         self.description = EngineDescription(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from common.sglang.cache_events import kv_events_config
 from common.sglang.model_lookup import look_up_model
 from common.sglang.plugins import switch_on
 
@@ -23,6 +24,7 @@ Serve a model with SGLang as the Dynamo endpoint inference.engine.generate: toke
 token ids out.
 
   --model-path MODEL  a folder, or a name on the Hugging Face hub
+  --kv-events         tell routers what is cached, as the endpoint inference.engine.kv_events
   -h, --help          this text, then SGLang's own options (after about ten seconds)
 
 Chosen here, whatever is given: --skip-tokenizer-init (the processor owns the tokenizer), and
@@ -77,6 +79,7 @@ def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
 
     load_plugins()  # some may hook ServerArgs
     parser = argparse.ArgumentParser(prog=PROG, usage=USAGE)
+    parser.add_argument("--kv-events", action="store_true", help="tell routers what is cached")
     ServerArgs.add_cli_args(parser)
     is_on_cpu = activate() is not None
     for name, value in (ENVIRONMENT | (CPU_ENVIRONMENT if is_on_cpu else {})).items():
@@ -86,6 +89,10 @@ def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
     if is_on_cpu and arguments.device != "cpu":
         _exit(f"--device {arguments.device}: PyTorch sees no such device here")
     vars(arguments).update(REQUIRED_SETTINGS)
+    if arguments.kv_events:
+        if arguments.kv_events_config:
+            _exit("--kv-events and --kv-events-config: only one of them can be told what is cached")
+        arguments.kv_events_config = kv_events_config()
     try:
         return ServerArgs.from_cli_args(arguments)
     except (ValueError, AssertionError, NotImplementedError, OSError) as error:
