@@ -7,8 +7,10 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 from launch.command import LaunchError, run_command, say
+from launch.conversation import show_conversations
 from launch.first_question import fetch, show_answer
 from launch.infra import require_given_servers, server_programs
 from launch.logs import current_phase, show_new_lines, shown
@@ -16,26 +18,30 @@ from launch.program import Program
 from launch.settings import LOOPBACK, Settings
 from launch.supervisor import Supervisor
 
-COMPONENTS = ("engine", "processor", "frontend")
 POLL_S = 0.5
 PROGRESS_INTERVAL_S = 5.0
 MAX_PROGRESS_WIDTH = 110
+ROUTER_START_S = 60.0
 
 
 async def run(settings: Settings) -> None:
     """Start, wait, ask, show, stay."""
     await require_given_servers(settings)
     folder = settings.data_folder / "run"
-    supervisor = Supervisor(folder, [*server_programs(settings, folder), *component_programs(settings)])
+    *components, router = component_programs(settings)
+    supervisor = Supervisor(folder, [*server_programs(settings, folder), *components])
     async with supervisor.running():
         try:
             names = ", ".join(program.name for program in supervisor.programs)
             say(f"run: starting {names}; logs in {shown(folder)}/logs")
             await wait_until_ready(supervisor, settings)
             await asyncio.to_thread(show_answer, settings)
+            if settings.has_router:
+                await show_router(settings, supervisor, router)
+                components.append(router)
             if not settings.is_run_once:
                 show_what_next(settings)
-                shown_logs = [show_new_lines(name, supervisor.log_file(name)) for name in COMPONENTS]
+                shown_logs = [show_new_lines(each.name, supervisor.log_file(each.name)) for each in components]
                 await asyncio.gather(supervisor.keep_running(), *shown_logs)
         except asyncio.CancelledError:
             say("run: stopping; streams get time to finish, Ctrl-C once more ends them")
@@ -45,19 +51,53 @@ async def run(settings: Settings) -> None:
 
 
 def component_programs(settings: Settings) -> list[Program]:
-    """The chapter's three commands. The frontend stops first, so that what it waits for is still there."""
+    """The chapter's three commands, with as many engines as are wanted, and the router's, which is started later.
+
+    The frontend stops first, so that what it waits for is still there.
+    """
     python = sys.executable
+    kv_events = ["--kv-events"] if settings.has_router else []
+    engine = [python, "engine.py", "--model-path", settings.model, *kv_events, *settings.engine_args]
     commands = {
-        "engine": [python, "engine.py", "--model-path", settings.model, *settings.engine_args],
+        **{engine_name(number): engine for number in range(settings.num_engines)},
         "processor": [python, "processor.py", "--model", settings.model],
         "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port)],
+        "router": [python, "router.py"],
     }
     servers = {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
     environ = os.environ | servers | {"PYTHONUNBUFFERED": "1"}
     ports = {"frontend": {"HTTP_PORT": settings.http_port}}
     return [
-        Program(name=name, command=commands[name], environ=environ, ports=ports.get(name, {})) for name in COMPONENTS
+        Program(name=name, command=command, environ=environ, ports=ports.get(name, {}))
+        for name, command in commands.items()
     ]
+
+
+def engine_name(number: int) -> str:
+    return f"engine-{number + 1}" if number else "engine"
+
+
+async def show_router(settings: Settings, supervisor: Supervisor, router: Program) -> None:
+    """A conversation before the router is there, and one after."""
+    loop = asyncio.get_running_loop()
+
+    def start_router() -> None:
+        loop.call_soon_threadsafe(supervisor.start, router)
+        wait_until_logged(supervisor.log_file(router.name), "serving inference/router/find_worker")
+
+    await asyncio.to_thread(show_conversations, settings, start_router)
+
+
+def wait_until_logged(log: Path, words: str) -> None:
+    """Raises:
+    LaunchError: not within ROUTER_START_S.
+    """
+    deadline = time.monotonic() + ROUTER_START_S
+    while not (log.exists() and words in log.read_text(errors="replace")):
+        if time.monotonic() > deadline:
+            raise LaunchError(f"{shown(log)} does not say: {words}")
+        time.sleep(POLL_S)
+    time.sleep(POLL_S)  # until processors have heard of it
 
 
 async def wait_until_ready(supervisor: Supervisor, settings: Settings) -> None:
@@ -71,7 +111,7 @@ async def wait_until_ready(supervisor: Supervisor, settings: Settings) -> None:
         supervisor.require_alive()
         now = time.monotonic()
         if now - started_at > settings.ready_timeout_s:
-            ends = "".join(supervisor.end_of_log(name, 5) for name in COMPONENTS)
+            ends = "".join(supervisor.end_of_log(name, 5) for name in ("engine", "processor", "frontend"))
             seconds = f"{settings.ready_timeout_s:.0f} s (READY_TIMEOUT_S)"
             raise LaunchError(f"not ready after {seconds}. {missing}{ends}")
         if now - shown_at >= PROGRESS_INTERVAL_S:
@@ -89,7 +129,11 @@ def what_is_missing(settings: Settings) -> str | None:
     except OSError:
         return "Waiting for frontend."
     try:
-        return None if status == 200 else str(json.loads(body)["error"]["message"])
+        ready = json.loads(body)
+        if status != 200:
+            return str(ready["error"]["message"])
+        missing = settings.num_engines - ready["engines"]
+        return f"Waiting for {missing} of {settings.num_engines} engines." if missing > 0 else None
     except (ValueError, LookupError, TypeError):
         return f"/ready says {status}."
 

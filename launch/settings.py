@@ -33,6 +33,8 @@ class Settings(BaseModel):
     given_etcd_endpoints: str | None = Field(None, alias="ETCD_ENDPOINTS")
     model: str = Field(EMBEDDED_MODEL, alias="MODEL")
     engine_args: Words = Field([], alias="ENGINE_ARGS")
+    num_engines: Annotated[int, Field(ge=1, le=16)] = Field(1, alias="ENGINES")
+    has_router: bool = Field(False, alias="ROUTER")
     ready_timeout_s: float = Field(600.0, alias="READY_TIMEOUT_S")
     is_run_once: bool = Field(False, alias="RUN_ONCE")
     data_folder: InRoot = Field(ROOT / ".data", alias="DATA_DIR")

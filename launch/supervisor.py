@@ -64,11 +64,15 @@ class Supervisor:
             self._remove_files("*.pid")
             try:
                 for program in self.programs:
-                    self._start(program)
-                    self._keepers.append(asyncio.create_task(self._keep(program)))
+                    self.start(program)
                 yield
             finally:
                 await self._stop_all()
+
+    def start(self, program: Program) -> None:
+        """One of the programs, or one that joins them."""
+        self._start(program)
+        self._keepers.append(asyncio.create_task(self._keep(program)))
 
     def require_alive(self) -> None:
         """Give up on a program that does not stay up, and say what it said last.

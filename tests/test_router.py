@@ -13,6 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
+from launch.conversation import show_conversations
+from launch.settings import Settings
 from tests.processes import MODEL, Infra, Pipeline, Process, free_port, wait_until
 
 pytestmark = pytest.mark.process
@@ -203,6 +205,22 @@ async def under_load(routed: Routed, duration_s: float, *, num_clients: int = 16
     async with routed.client() as client:
         await asyncio.gather(*(ask(client) for _ in range(num_clients)))
     return statuses
+
+
+def test_make_run_shows_a_conversation_without_and_with_a_router(
+    routed: Routed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routed.router.kill()
+
+    def start_router() -> None:
+        routed.router = routed.start_router()
+        routed.wait_until_routed()
+
+    environ = {"HTTP_PORT": str(routed.pipeline.http_port), "MODEL": MODEL, "ENGINES": str(NUM_ENGINES)}
+    show_conversations(Settings.from_environ(environ), start_router)
+    shown = capsys.readouterr().out
+    assert re.search(r"^run: engines take turns +(\d+\.\d\d *){3}$", shown, re.MULTILINE)
+    assert re.search(r"^run: a router chooses +(\d+\.\d\d *){3}$", shown, re.MULTILINE)
 
 
 def test_a_router_that_is_killed_every_three_seconds_costs_no_request(routed: Routed) -> None:
