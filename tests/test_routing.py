@@ -2,10 +2,12 @@
 
 import asyncio
 import random
+import runpy
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -18,8 +20,10 @@ from common.routing.cached_blocks import CachedBlocks
 from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, KvEvents, WorkerFound, WorkerQuestion
-from router import POLICIES, RequestHandler
+from router import POLICIES, Policy, RequestHandler, kv
 from tests.contexts import request_context
+from tests.processes import ROOT
+from tests.test_docs import EXPERIMENTS, block
 
 
 class Told:
@@ -137,9 +141,9 @@ def test_a_prompt_that_is_cached_already_is_never_prefill() -> None:
 class Chooser:
     """The router's handler, asked in process; what it books stays booked until `answer_all`."""
 
-    def __init__(self, policy: str = "kv", temperature: float = 0.0) -> None:
+    def __init__(self, policy: Policy = kv, temperature: float = 0.0) -> None:
         self.told = Told()
-        self.handler = RequestHandler(POLICIES[policy], temperature, self.told.index, self.told.loads)
+        self.handler = RequestHandler(policy, temperature, self.told.index, self.told.loads)
         self.open: list[AsyncGenerator[WorkerFound, None]] = []
 
     async def choose(self, token_ids: list[int], worker_ids: list[int]) -> WorkerFound:
@@ -159,7 +163,7 @@ def prompt(number: int, num_tokens: int = 512) -> list[int]:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_cold_burst_is_spread_evenly_by_every_policy(policy: str) -> None:
     async def burst() -> Counter[int]:
-        chooser = Chooser(policy)
+        chooser = Chooser(POLICIES[policy])
         found = [await chooser.choose(prompt(number), [1, 2, 3, 4]) for number in range(256)]
         await chooser.answer_all()
         assert all(load.num_requests == load.num_prefill_blocks == load.num_decode_blocks == 0
@@ -230,6 +234,24 @@ def test_a_decision_costs_less_than_a_third_of_a_millisecond() -> None:
         return (time.process_time() - started_s) / 200
 
     assert asyncio.run(decide()) <= 0.0003
+
+
+def test_the_policy_of_the_experiments_page_sends_all_that_begin_alike_to_one(tmp_path: Path) -> None:
+    code = block(EXPERIMENTS, "def longest_prefix", "python").text
+    changed = tmp_path / "router.py"
+    changed.write_text(
+        (ROOT / "router.py").read_text().replace("class RequestHandler", f"{code}\n\n\nclass RequestHandler")
+    )
+    policies = runpy.run_path(str(changed))["POLICIES"]
+
+    async def ask(policy: Policy) -> set[int]:
+        chooser, cached = Chooser(policy), CachedBlocks()
+        store(cached, prompt(1), 16)
+        chooser.told.tell(2, cached._snapshot()[0])
+        return {(await chooser.choose([*prompt(1), *prompt(each, 64)], [1, 2])).worker_id for each in range(100)}
+
+    assert asyncio.run(ask(policies["longest-prefix"])) == {2}
+    assert asyncio.run(ask(policies["kv"])) == {1, 2}
 
 
 def test_a_busy_event_loop_is_not_taken_for_a_silent_router() -> None:
