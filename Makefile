@@ -41,6 +41,7 @@ help:
 	@echo 'Every target makes what it needs first: in a fresh clone, `make run` is enough.'
 	@echo
 	@echo 'MODEL=Qwen/Qwen2.5-0.5B-Instruct make run     a model from the hub, or the path of a folder'
+	@echo 'ROUTER=1 ENGINES=2 make run                   several engines, and a router that knows what each has cached'
 	@echo 'ENGINE_ARGS="--context-length 2048" make run  more SGLang flags'
 	@echo 'NATS_PORT, NATS_MONITORING_PORT, ETCD_PORT, HTTP_PORT   ports other than 4222, 8222, 2379, 8080'
 	@echo 'NATS_SERVER, ETCD_ENDPOINTS                   servers that already run: used instead of own ones'

@@ -22,6 +22,7 @@ from launch import control, first_question, logs, model, program, supervisor
 from launch.command import LaunchError
 from launch.model import MANIFEST_FILE
 from launch.program import Program
+from launch.run import component_programs
 from launch.settings import Settings
 from launch.supervisor import Supervisor
 from tests.processes import ROOT, accepts, free_port
@@ -112,6 +113,18 @@ class TestSettings:
     def test_a_wrong_value_is_refused_by_name(self, variable: str) -> None:
         with pytest.raises(LaunchError, match=f"^{variable}: Input should be"):
             Settings.from_environ(dict([variable.split("=")]))
+
+
+def test_with_a_router_engines_tell_what_they_have_cached_and_the_router_comes_last() -> None:
+    programs = component_programs(Settings.from_environ({"ROUTER": "1", "ENGINES": "2"}))
+    assert [each.name for each in programs] == ["engine", "engine-2", "processor", "frontend", "router"]
+    assert ["--kv-events" in each.command for each in programs] == [True, True, False, False, False]
+
+
+def test_without_one_there_is_one_engine_and_it_tells_nothing() -> None:
+    engine, *_ = component_programs(Settings.from_environ({}))
+    assert engine.name == "engine"
+    assert "--kv-events" not in engine.command
 
 
 def test_a_taken_port_names_itself_its_program_its_holder_and_the_way_out() -> None:
