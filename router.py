@@ -15,11 +15,11 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import uvloop
-from dynamo.llm import compute_block_hash_for_seq
 
 from common.arguments import RouterArgs, parse_router_args
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
+from common.routing.kv_blocks import block_hashes
 from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQuestion
@@ -71,13 +71,13 @@ class RequestHandler:
         """Yields the worker for a prompt, once; it is booked until the caller stops the stream, or is gone."""
         started_s = time.perf_counter()
         num_blocks = math.ceil(len(request.token_ids) / KV_BLOCK_SIZE)
-        block_hashes = compute_block_hash_for_seq(request.token_ids, KV_BLOCK_SIZE)  # of complete blocks
-        num_cached = self.index.num_cached_blocks(block_hashes)
+        hashes = block_hashes(request.token_ids)
+        num_cached = self.index.num_cached_blocks(hashes)
         worker_ids = [each for each in request.worker_ids if each not in self.index.lost] or request.worker_ids
         candidates = {each: Candidate(num_blocks - num_cached.get(each, 0), self.loads[each]) for each in worker_ids}
         worker_id = self._choose(candidates)
         chosen, num_cached_blocks = candidates[worker_id], num_cached.get(worker_id, 0)
-        last_block = block_hashes[-1] if num_cached_blocks < len(block_hashes) else None
+        last_block = hashes[-1] if num_cached_blocks < len(hashes) else None
         context.record.metrics.decided(worker_id, num_cached_blocks * KV_BLOCK_SIZE, time.perf_counter() - started_s)
         with chosen.load.booked(Booking(num_blocks, chosen.num_new_blocks), last_block):
             yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE)
@@ -103,7 +103,7 @@ async def worker(runtime: DistributedRuntime, args: RouterArgs) -> None:
     namespace = runtime.namespace("inference")
     loads: defaultdict[int, WorkerLoad] = defaultdict(WorkerLoad)
     kv_events = await namespace.component("engine").endpoint("kv_events").client()
-    index = KvIndex(kv_events, on_stored=lambda worker_id, block_hashes: loads[worker_id].has_cached(block_hashes))
+    index = KvIndex(kv_events, on_stored=lambda worker_id, hashes: loads[worker_id].has_cached(hashes))
     runtime.run_in_background(index.follow())
 
     component = namespace.component("router")

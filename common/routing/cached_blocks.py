@@ -8,10 +8,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
 
-from dynamo.llm import compute_block_hash_for_seq
-
 from common.dynamo.context import when_stopped
 from common.dynamo.releases import Context
+from common.routing.kv_blocks import block_hashes
 from common.wire import KV_BLOCK_SIZE, BlocksRemoved, BlocksStored, KvBlock, KvEvent, KvEvents, to_wire
 
 MAX_EVENTS = 64  # in one dict, of what is cached now
@@ -95,7 +94,7 @@ class CachedBlocks:
 
 
 def _block_of(parent_hash: int | None, token_ids: list[int]) -> KvBlock:
-    (tokens_hash,) = compute_block_hash_for_seq(token_ids, KV_BLOCK_SIZE)
+    (tokens_hash,) = block_hashes(token_ids)
     return KvBlock(hash((parent_hash or 0, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF, tokens_hash)
 
 

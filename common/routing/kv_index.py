@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable, Sequence
 
 import msgspec
-from dynamo.llm import RadixTree
 
 from common.dynamo.runtime import Client, Context
+from common.routing.kv_blocks import RadixTree
 from common.wire import KvEvent, KvEvents
 
 logger = logging.getLogger(__name__)
