@@ -3,6 +3,7 @@
 A process of its own, because that import warns, and because SGLang's arguments write to the environment.
 """
 
+import asyncio
 import contextlib
 import functools
 import io
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.processes import MODEL
+from tests.routers import Told
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -36,6 +38,8 @@ COMMAND_LINES = {
         *("--max-total-tokens", "4096", "--mem-fraction-static", "0.3", "--grammar-backend", "outlines"),
         *("--log-level", "error", "--context-length", "1024"),
     ],
+    "kv_events": ["--kv-events"],
+    "told_twice": ["--kv-events", "--kv-events-config", "{}"],
     "incremental": ["--incremental-streaming-output"],
     "cuda": ["--device", "cuda"],
     "unknown": ["--no-such-option"],
@@ -52,7 +56,7 @@ def probe() -> dict[str, Any]:
         Path(folder, "config.json").write_text(json.dumps(CONFIG))
         answer = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "tests.sglang_probe", folder],
-            env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+            env=environment | {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": folder},
             check=True,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,6 +71,7 @@ def answer(folder: str) -> dict[str, Any]:
         "environment": dict(os.environ),
         "gathering": gathering(),
         "grammars": grammars(),
+        "cache_events": cache_events(),
         **platform(),
     }
 
@@ -189,6 +194,55 @@ def grammars() -> dict[str, Any]:
         "num_cached": len(backend.cache),
         "newest_is_cached": backend.get_cached_or_future_value(("json", "299"), False)[1],
     }
+
+
+def cache_events() -> dict[str, Any]:
+    """What a router hears of SGLang's own publisher, which tells of 100 tokens in pages of one."""
+    import uvloop
+    from sglang.srt.disaggregation.kv_events import (
+        AllBlocksCleared,
+        BlockRemoved,
+        BlockStored,
+        EventPublisherFactory,
+        KVEventBatch,
+    )
+
+    from common.dynamo.runtime import Context
+    from common.sglang.cache_events import CacheEvents, kv_events_config
+
+    def stored(medium: str | None) -> list[Any]:
+        return [BlockStored([-at - 1], -at if at else None, [at], 1, None, medium) for at in range(100)]
+
+    steps = {
+        "stored": stored("GPU"),
+        "removed": [BlockRemoved([-at - 1 for at in range(40, 100)], "GPU")],
+        "cleared": [*stored("CPU_PINNED"), AllBlocksCleared()],
+    }
+    told = Told()
+
+    async def listen(config: str) -> dict[str, Any]:
+        publisher = EventPublisherFactory.create(config)
+        events = CacheEvents.of(SimpleNamespace(kv_events_config=config))
+        assert events is not None
+        await events.connect()
+        found: dict[str, Any] = {"left_behind": os.listdir(tempfile.gettempdir())}
+        following = asyncio.create_task(events.follow())
+        async with contextlib.aclosing(events.cached.events({}, Context())) as stream:
+            told.tell(7, await anext(stream))
+            for name, batch in steps.items():
+                publisher.publish(KVEventBatch(ts=0, events=batch))
+                told.tell(7, await anext(stream))
+                found[name] = told.has(7, list(range(100)))
+        following.cancel()
+        publisher.shutdown()
+        return found
+
+    elsewhere = SimpleNamespace(kv_events_config='{"publisher": "zmq", "endpoint": "tcp://127.0.0.1:5557"}')
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        found = uvloop.run(asyncio.wait_for(listen(kv_events_config()), 60))
+        tempfile.tempdir = None
+    return found | {"served_elsewhere": CacheEvents.of(elsewhere) is not None}
 
 
 def activated() -> dict[str, str | None]:

@@ -4,43 +4,26 @@ import asyncio
 import random
 import runpy
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import msgspec
 import pytest
 
 from common.dynamo.failover import Chosen
 from common.dynamo.runtime import Client, Context
 from common.routing.ask_router import AskRouter, within_loop_time
 from common.routing.cached_blocks import CachedBlocks
-from common.routing.kv_blocks import block_hashes
-from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
-from common.wire import KV_BLOCK_SIZE, KvEvents, WorkerFound, WorkerQuestion
+from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion
 from router import POLICIES, Policy, RequestHandler, kv
 from tests.contexts import request_context
 from tests.processes import ROOT
+from tests.routers import Told
 from tests.test_docs import EXPERIMENTS, block
-
-
-class Told:
-    """A router's index, told by hand."""
-
-    def __init__(self) -> None:
-        self.loads: defaultdict[int, WorkerLoad] = defaultdict(WorkerLoad)
-        self.index = KvIndex(cast("Client", None), lambda worker, hashes: self.loads[worker].has_cached(hashes))
-
-    def tell(self, worker_id: int, message: dict[str, Any]) -> None:
-        for event in msgspec.convert(message, KvEvents).events:
-            self.index._apply(worker_id, event)
-
-    def has(self, worker_id: int, token_ids: list[int]) -> int:
-        return self.index.num_cached_blocks(block_hashes(token_ids)).get(worker_id, 0)
 
 
 def store(cached: CachedBlocks, token_ids: list[int], page_size: int) -> None:

@@ -61,11 +61,12 @@ class CacheEvents:
 
     async def follow(self) -> None:
         """As long as the process runs."""
-        while True:
-            _topic, _number, payload = await self._socket.recv_multipart()
-            for event in self._decoder.decode(payload).events:
-                self.apply(event)
-            self.cached.publish()
+        with self._socket as socket:
+            while True:
+                _topic, _number, payload = await socket.recv_multipart()
+                for event in self._decoder.decode(payload).events:
+                    self.apply(event)
+                self.cached.publish()
 
     def apply(self, event: Any) -> None:
         """One of SGLang's `BlockStored`, `BlockRemoved` and `AllBlocksCleared`, where a block is a page."""
