@@ -46,7 +46,7 @@ OPENAI_API, OBSERVABILITY = DOCS / "openai-api.md", DOCS / "observability.md"
 # Commands that no test runs as they are written, each with the reason.
 NOT_RUN = {
     "make run ROUTER=1": "two real engines: tests/test_router.py has the conversation with fake ones",
-    "python engine.py --model-path models/SmolLM2-135M-Instruct --kv-events": "tests/test_router.py starts the router, and fake engines",
+    "python engine.py --model-path models/SmolLM2-135M-Instruct --kv-events": "test_router.py: with fake engines",
     "make infra": "endless: tests/test_launch.py runs the module behind it; the scripts' lines are compared with ours",
     "MODEL=Qwen": "needs the hub, and a GPU to be of use: tests/test_launch.py passes MODEL on",
     "source .venv/bin/activate": "the tests' own environment",
