@@ -107,9 +107,11 @@ def fetch(url: str, json_body: str | None = None, *, timeout_s: float) -> tuple[
 
 def _output(command: list[str], **environ: str) -> str:
     """What a command prints. Raises LaunchError with its last complaint where it fails."""
+    # etcdctl refuses to run where this variable and its flag are both there.
+    inherited = {name: value for name, value in os.environ.items() if name != "ETCDCTL_ENDPOINTS"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, env=os.environ | environ
+            command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, env=inherited | environ
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LaunchError(f"{command[0]} failed: {error}") from error

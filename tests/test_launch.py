@@ -25,7 +25,7 @@ from launch.program import Program
 from launch.run import component_programs
 from launch.settings import Settings
 from launch.supervisor import Supervisor
-from tests.processes import ROOT, accepts, free_port
+from tests.processes import ROOT, Infra, accepts, free_port
 
 
 @pytest.fixture
@@ -433,6 +433,13 @@ class TestFirstQuestion:
             monkeypatch.setattr(first_question.shutil, "which", lambda name: None)
         with pytest.raises(LaunchError, match="the request failed"):
             first_question.ask(Settings.from_environ({"HTTP_PORT": str(free_port())}))
+
+
+@pytest.mark.process
+def test_a_readers_own_etcdctl_variable_does_not_matter(infra: Infra, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCDCTL_ENDPOINTS", "127.0.0.1:1")
+    with pytest.raises(LaunchError, match="etcd knows no instance"):
+        first_question.instances(Settings.from_environ({"ETCD_ENDPOINTS": infra.env["ETCD_ENDPOINTS"]}))
 
 
 def test_the_curl_is_the_chapters() -> None:
