@@ -50,6 +50,7 @@ def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
         "logit_bias": options.logit_bias,
         "sampling_seed": options.seed,
         "json_schema": options.json_schema,
+        "custom_params": {"num_json_tokens": options.num_json_tokens} if options.num_json_tokens else None,
     }
     return {name: value for name, value in params.items() if value is not None}
 

@@ -39,6 +39,7 @@ class SamplingOptions(msgspec.Struct, omit_defaults=True):
     """How to choose a token. None means the engine's own default.
 
     json_schema: the text of a schema. The answer is JSON that it describes, unless `max_tokens` cuts it off.
+    num_json_tokens: so many of the request's last token_ids are the beginning of that JSON.
     """
 
     temperature: float | None = None
@@ -51,6 +52,7 @@ class SamplingOptions(msgspec.Struct, omit_defaults=True):
     seed: int | None = None
     logit_bias: dict[str, float] | None = None
     json_schema: str | None = None
+    num_json_tokens: Annotated[int, Meta(ge=0)] = 0
 
 
 class StopConditions(msgspec.Struct, omit_defaults=True):
@@ -373,20 +375,17 @@ def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> 
 
     SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
     have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
-
-    Raises:
-        BadUpstream: the request has a grammar, which would begin anew in the middle of the answer.
     """
-    if is_constrained(request):
-        raise BadUpstream(
-            "An engine broke in the middle of an answer that holds to a schema: those cannot go on elsewhere."
-        )
     token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
     stop = request.get("stop_conditions", {})
     if (max_tokens := stop.get("max_tokens")) is not None:
         stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
         if stop["max_tokens"] < 1:
             return EngineChunk(finish_reason="length")
+    if is_constrained(request):
+        options = request["sampling_options"]
+        num_json_tokens = options.get("num_json_tokens", 0) + len(token_ids)
+        request = {**request, "sampling_options": {**options, "num_json_tokens": num_json_tokens}}
     return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}
 
 

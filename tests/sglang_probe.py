@@ -155,7 +155,8 @@ def grammars() -> dict[str, Any]:
                             dp_tp_group=group, ps=ranks, pp_group=None)
         )  # fmt: skip
 
-    backend = manager().grammar_backend
+    scheduler = manager()
+    backend = scheduler.grammar_backend
 
     def compiled(schema: str) -> Any:
         grammar, _ = backend.get_cached_or_future_value(("json", schema), False)
@@ -179,6 +180,22 @@ def grammars() -> dict[str, Any]:
                 return str(error)
         return None
 
+    def continued(json_so_far: str, *, is_cached: bool) -> Any:
+        """What must come when an answer goes on here, or why nothing may."""
+        token_ids = first.llguidance_tokenizer.tokenize_str(json_so_far)
+        schema = json.dumps({"type": "object", "properties": {"abc": {"const": 5}}, "required": ["abc"]})
+        params = SimpleNamespace(json_schema=schema, custom_params={"num_json_tokens": len(token_ids)})
+        vars(params).update(dict.fromkeys(("regex", "ebnf", "structural_tag")))
+        request = SimpleNamespace(
+            sampling_params=params, origin_input_ids=[7, 8, *token_ids], require_reasoning=False, grammar_wait_ct=0,
+            finished=lambda: False, errors=[],
+        )  # fmt: skip
+        request.set_finish_with_abort = request.errors.append
+        assert scheduler.process_req_with_grammar(request) != is_cached
+        while not is_cached and not scheduler.get_ready_grammar_requests():
+            pass
+        return request.errors or request.grammar.ll_matcher.compute_ff_bytes().decode()
+
     mask = first.allocate_vocab_mask(49152, 2, "cpu").zero_()
     message = why_given_up('{"$ref": "#"}')
     failing_masks = [bool((row == -1).all()) for row in mask]
@@ -188,6 +205,8 @@ def grammars() -> dict[str, Any]:
         "without": manager("--grammar-backend", "none").grammar_backend,
         "texts": [text for text in ('{"a":[1,2]}', '{"a": [1, 2]}', '{"a":  [1]}', '{"a":\n[1]}') if takes(text)],
         "failing_masks": failing_masks,
+        "continued": [continued('{"ab', is_cached=False), continued('{"a', is_cached=True)],
+        "not_continued": continued("[", is_cached=True),
         "message": message,
         "slow_pattern": why_given_up('{"type": "string", "pattern": "(.{0,50}a.{0,50}b){1,50}"}'),
         "invalid": compiled('{"type": 5}').error_message,

@@ -1,5 +1,7 @@
 """What a client gets for a wrong request, from the real frontend and processor on a fake engine."""
 
+import json
+import time
 from typing import Any
 
 import httpx
@@ -183,6 +185,33 @@ def test_an_answer_that_cannot_fit_is_a_400_with_both_numbers(fake_client: httpx
     assert error["code"] == "context_length_exceeded"
     assert "8192" in error["message"]
     assert str(8192 + 32) in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ('{"items":' * 400 + "{}" + "}" * 400, "nested more than 48 levels"),
+        (json.dumps({"enum": [f"value {at}" for at in range(40_000)]}), "more than 1000 values"),
+        (json.dumps({"description": "x" * 800_000}), "more than 65536 characters"),
+        (
+            json.dumps({"$defs": {f"d{at}": {"$ref": f"#/$defs/d{(at * 7 + 1) % 1500}"} for at in range(1500)}}),
+            "itself",
+        ),
+        (
+            json.dumps({"allOf": [{"anyOf": [{"minLength": m * n} for m in range(9)]} for n in range(1, 9)]}),
+            "too large",
+        ),
+    ],
+    ids=["deep", "many values", "long", "circles", "all of any"],
+)
+def test_a_schema_bomb_is_refused_soon(fake_client: httpx.Client, schema: str, words: str) -> None:
+    json_schema = {"name": "bomb", "schema": json.loads(schema)}
+    body = CHAT | {"response_format": {"type": "json_schema", "json_schema": json_schema}}
+    started = time.perf_counter()
+    error = error_of(fake_client.post("/v1/chat/completions", json=body), 400)
+    assert time.perf_counter() - started < 0.5
+    assert error["param"] == "response_format.json_schema.schema"
+    assert words in error["message"]
 
 
 def test_other_media_types_are_a_415(fake_client: httpx.Client) -> None:

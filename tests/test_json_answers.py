@@ -10,7 +10,9 @@ import pytest
 from annotated_types import Ge, Le, MaxLen
 from openai import OpenAI
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 
+from tests.call_endpoint import call_endpoint
 from tests.processes import Pipeline
 from tests.streams import ask_stream
 
@@ -126,3 +128,18 @@ def test_openai_python_parses_a_stream_into_a_pydantic_model(sdk: OpenAI, embedd
         person = stream.get_final_completion().choices[0].message.parsed
     assert kinds.count("content.delta") > 5
     assert isinstance(person, Person)
+
+
+def test_an_engine_goes_on_with_the_json_that_another_one_began(pipeline: Pipeline, tokenizer: Tokenizer) -> None:
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    prompt, begun = f"<|im_start|>user\n{QUESTION[0]['content']}<|im_end|>\n<|im_start|>assistant\n", '{"name": "Jo'
+    options = {"temperature": 0, "json_schema": json.dumps(PERSON), "num_json_tokens": len(ids(begun))}
+    request = {
+        "token_ids": ids(prompt) + ids(begun), "sampling_options": options, "stop_conditions": {"max_tokens": 80}
+    }  # fmt: skip
+    (chunks,) = call_endpoint(pipeline, "engine", "generate", [request])
+    assert chunks[-1]["finish_reason"] == "stop"
+    rest = tokenizer.decode([token_id for chunk in chunks for token_id in chunk.get("token_ids", [])])
+    jsonschema.validate(json.loads(begun + rest), PERSON)

@@ -14,7 +14,7 @@ from tests.processes import Pipeline
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.long, pytest.mark.timeout(1800)]
 
-NUM_SCHEMAS, AT_ONCE, MAX_TOKENS, MAX_DEPTH = 200, 8, 150, 3
+NUM_SCHEMAS, AT_ONCE, MAX_TOKENS, MAX_DEPTH = 200, 16, 100, 3
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email", "hostname")
 PATTERNS = ("^[A-Z]{2}[0-9]{3}$", "^(red|green|blue)$", "^[a-z]+@[a-z]+\\.com$", "[0-9]")
 

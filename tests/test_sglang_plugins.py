@@ -56,6 +56,8 @@ def test_in_the_engine_they_act() -> None:
         "sampling_batch_info.SamplingBatchInfo",
         "SamplingParams.verify",
         "GrammarManager.__init__",
+        "GrammarManager.process_req_with_grammar",
+        "GrammarManager.get_ready_grammar_requests",
         "GuidanceGrammar.__init__",
         "GuidanceGrammar.fill_vocab_mask",
         "GuidanceGrammar.copy",
@@ -88,3 +90,9 @@ def test_a_pattern_that_would_keep_a_batch_waiting_is_given_up_soon() -> None:
 def test_clients_cannot_fill_the_memory_with_grammars() -> None:
     assert probe()["grammars"]["num_cached"] == 256
     assert probe()["grammars"]["newest_is_cached"] is True
+
+
+def test_the_grammar_of_an_answer_that_another_engine_began_goes_on_where_that_one_broke() -> None:
+    grammars = probe()["grammars"]
+    assert grammars["continued"] == ['c"', 'bc"']
+    assert grammars["not_continued"][0].startswith("The answer so far does not hold to its schema")

@@ -30,7 +30,10 @@ def can_constrain(server_args: Any) -> bool:
 
 def register() -> None:
     around, replace = HookType.AROUND, HookType.REPLACE
-    HookRegistry.register("sglang.srt.constrained.grammar_manager.GrammarManager.__init__", with_tokenizer, around)
+    manager = "sglang.srt.constrained.grammar_manager.GrammarManager"
+    HookRegistry.register(f"{manager}.__init__", with_tokenizer, around)
+    HookRegistry.register(f"{manager}.process_req_with_grammar", after_a_cached_grammar, around)
+    HookRegistry.register(f"{manager}.get_ready_grammar_requests", after_compiled_grammars, around)
     grammar = "sglang.srt.constrained.llguidance_backend.GuidanceGrammar"
     HookRegistry.register(f"{grammar}.__init__", compile_within_limits, replace)
     HookRegistry.register(f"{grammar}.fill_vocab_mask", mask_or_end, around)
@@ -80,6 +83,34 @@ def _backend(scheduler: Any) -> Any:
     return create_grammar_backend(
         args, tokenizer, model.vocab_size, model.hf_eos_token_id, think_end_id=model.think_end_id
     )
+
+
+def after_a_cached_grammar(process: Any, manager: Any, request: Any) -> bool:
+    """Stands around `process_req_with_grammar`, which says whether the grammar is still to be compiled."""
+    is_compiling: bool = process(manager, request)
+    if not is_compiling:
+        take_json_so_far(request)
+    return is_compiling
+
+
+def after_compiled_grammars(get_ready: Any, manager: Any) -> list[Any]:
+    """Stands around `get_ready_grammar_requests`."""
+    ready: list[Any] = get_ready(manager)
+    for request in ready:
+        take_json_so_far(request)
+    return ready
+
+
+def take_json_so_far(request: Any) -> None:
+    """The grammar of an answer that another engine began goes on where that one broke."""
+    num_tokens = (request.sampling_params.custom_params or {}).get("num_json_tokens", 0)
+    if request.grammar is None or not num_tokens:
+        return
+    try:
+        for token_id in request.origin_input_ids[-num_tokens:]:
+            request.grammar.accept_token(token_id)
+    except ValueError as error:
+        request.set_finish_with_abort(f"The answer so far does not hold to its schema: {error}")
 
 
 def compile_within_limits(grammar: Any, llguidance_tokenizer: Any, serialized_grammar: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence, Set
+from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -59,14 +59,6 @@ class Choice:
         """What an engine is asked for this choice."""
         defaults = self._tokenizer.sampling_defaults
         return engine_request(self._request, self._prompt, self.index, self.max_tokens, defaults)
-
-    @property
-    def on_restart(self) -> Callable[[], None] | None:
-        """Begins anew, which an answer with a grammar has to when its engine breaks, while nothing of it was sent."""
-        return self._restart if self._is_accumulated and self._request.answer_schema is not None else None
-
-    def _restart(self) -> None:
-        self.num_tokens, self._token_ids, self._logprobs = 0, [], None
 
     def push(self, data: EngineChunk) -> ProcessorChunk | None:
         """What the engine's chunk makes final, if that is anything; the last chunk has the finish_reason.
