@@ -39,6 +39,11 @@ class RequestHandler:
         self.tokenizer = tokenizer
         self.description = description
 
+    async def describe(self) -> ProcessorDescription:
+        """As long a context as fits into each engine that is there now."""
+        self.description.context_length = (await self.engines.limits()).context_length
+        return self.description
+
     async def process(
         self, request: ChatCompletionRequest, context: RequestContext
     ) -> AsyncGenerator[ProcessorChunk, None]:
@@ -49,7 +54,9 @@ class RequestHandler:
             await check_grammar(request.answer_schema, request.answer_schema_param)
             await self.engines.check_constraining(request.answer_schema_param.partition(".")[0])
         limits = await self.engines.limits()
-        token_ids = await self.tokenizer.encode_chat(request.messages, limits, request.usable_tools)
+        token_ids = await self.tokenizer.encode_chat(
+            request.messages, limits, request.usable_tools, request.chat_template_kwargs
+        )
         context.record.num_prompt_tokens = len(token_ids)
         max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)
         choices = [Choice(self.tokenizer, request, token_ids, index, max_tokens) for index in range(request.n)]
@@ -87,9 +94,9 @@ async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: Ch
 
     component = namespace.component("processor")
     await component.create_service()
-    description = ProcessorDescription(args.model_names, created=int(time.time()))
+    description = ProcessorDescription(args.model_names, created=int(time.time()), root=args.model)
     handler = RequestHandler(engine_client, engines, tokenizer, description)
-    await component.endpoint("process").serve_endpoint(service(handler.process, description=description))
+    await component.endpoint("process").serve_endpoint(service(handler.process, description=handler.describe))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,12 @@ def engine_request(
         sampling_options=SamplingOptions(
             **sampling, seed=seed, logit_bias=chat.logit_bias or None, json_schema=chat.answer_schema
         ),
-        stop_conditions=StopConditions(max_tokens=max_tokens, ignore_eos=chat.is_eos_ignored),
+        stop_conditions=StopConditions(
+            max_tokens=max_tokens,
+            min_tokens=min(chat.min_tokens, max_tokens),  # a full context ends it before
+            stop_token_ids=chat.stop_token_ids,
+            ignore_eos=chat.is_eos_ignored,
+        ),
         # A stop string has to be seen when it appears, so the engine may not keep the answer to itself.
         output_options=OutputOptions(stream=chat.stream or bool(chat.stop_strings), logprobs=chat.num_top_logprobs),
     )
@@ -46,6 +51,8 @@ def sglang_sampling_params(request: EngineRequest) -> dict[str, Any]:
         params["top_k"] = -1  # vLLM's "all tokens"; SGLang takes only -1
     params |= {
         "max_new_tokens": stop.max_tokens,
+        "min_new_tokens": stop.min_tokens or None,
+        "stop_token_ids": stop.stop_token_ids or None,
         "ignore_eos": stop.ignore_eos or None,
         "logit_bias": options.logit_bias,
         "sampling_seed": options.seed,

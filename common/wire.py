@@ -21,6 +21,7 @@ from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
 from common.errors import BadUpstream, InvalidRequest, ModelNotFound, from_wire
 
@@ -56,9 +57,14 @@ class SamplingOptions(msgspec.Struct, omit_defaults=True):
 
 
 class StopConditions(msgspec.Struct, omit_defaults=True):
-    """When to end. `max_tokens` counts new tokens, the end-of-sequence token included."""
+    """When to end. `max_tokens` counts new tokens, the end-of-sequence token included.
+
+    stop_token_ids end it as the end of sequence does. min_tokens: before so many new tokens, neither is chosen.
+    """
 
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    stop_token_ids: list[TokenId] = []
     ignore_eos: bool = False
 
 
@@ -173,12 +179,14 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
 
     token_ids: new ids only, length >= 0.
     log_probs: one per token, natural logarithm. top_logprobs: for each token its best (token id, logprob) pairs.
+    cached_tokens: how many of the prompt's the engine had in its cache; with the finish_reason, if it tells.
     """
 
     token_ids: list[TokenId] = []
     finish_reason: FinishReason | None = None
     log_probs: list[float] | None = None
     top_logprobs: list[list[tuple[TokenId, float]]] | None = None
+    cached_tokens: Annotated[int, Meta(ge=0)] | None = None
     path: HopTrace | None = None
     error: Any = None
 
@@ -204,6 +212,10 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     can_constrain: bool = False
 
 
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
 class CompletionTokensDetails(msgspec.Struct):
     reasoning_tokens: int
 
@@ -213,6 +225,7 @@ class Usage(msgspec.Struct, omit_defaults=True):
     completion_tokens: int
     total_tokens: int
     completion_tokens_details: CompletionTokensDetails | None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class TokenLogprob(TypedDict):
@@ -268,10 +281,19 @@ class ProcessorChunk(msgspec.Struct, omit_defaults=True):
 
 
 class ProcessorDescription(msgspec.Struct, omit_defaults=True):
-    """The model names that a processor answers to, and since when (Unix seconds)."""
+    """The model names that a processor answers to, and since when (Unix seconds).
+
+    root: the model behind them, a folder or a hub name. context_length: in tokens; the smallest of its engines'.
+    """
 
     models: list[str]
     created: int
+    root: str = ""
+    context_length: int | None = None
+
+    def together_with(self, other: "ProcessorDescription") -> "ProcessorDescription":
+        lengths = [each.context_length for each in (self, other) if each.context_length is not None]
+        return replace(self, created=min(self.created, other.created), context_length=min(lengths, default=None))
 
     def check(self, model: str) -> None:
         """Raises:
@@ -380,6 +402,8 @@ def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> 
     stop = request.get("stop_conditions", {})
     if (max_tokens := stop.get("max_tokens")) is not None:
         stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
+        if min_tokens := stop.get("min_tokens"):
+            stop["min_tokens"] = max(0, min_tokens - len(token_ids))
         if stop["max_tokens"] < 1:
             return EngineChunk(finish_reason="length")
     if is_constrained(request):

@@ -46,6 +46,10 @@ def map_body(context: HookContext, body: Any) -> Any:
         body["logit_bias"] = {str(int(key) % VOCAB_SIZE): value for key, value in bias.items()}
     if isinstance(body.get("tools"), list) and body["tools"]:
         _choose_tool(body)
+    if isinstance(ids := body.get("stop_token_ids"), list) and all(each == 0 or _is_count(each) for each in ids):
+        body["stop_token_ids"] = [each % VOCAB_SIZE for each in ids]
+    if _is_count(body.get("min_tokens")):
+        body["min_tokens"] = 1
     return body
 
 

@@ -55,6 +55,7 @@ def section(page: Path, title: str) -> str:
 MASKS = (
     (r"chatcmpl-[0-9a-f-]{32,36}", "chatcmpl-ID"),
     (r'"created": ?\d+', '"created":TIME'),
+    (r'"cached_tokens": ?\d+', '"cached_tokens":N'),
     (r'"instance_id":\d+', '"instance_id":N'),
     (r"(?<=[-/])[0-9a-f]{10,16}\b", "LEASE"),
     (r"\s+[\d.]+ s\b", " N s"),

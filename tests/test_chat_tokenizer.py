@@ -304,3 +304,36 @@ def test_a_prompt_that_must_be_too_long_is_not_tokenized(monkeypatch: pytest.Mon
     monkeypatch.setattr(tokenizer, "backend", None)
     with pytest.raises(ContextLengthExceeded, match=r"888\d{3} characters"):
         ids_of(tokenizer, messages_with_tool_call(arguments="x" * 888_000))
+
+
+THINKING_TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}
+{%- if style is defined %}<|im_start|>{{ style }}{% endif %}{% if enable_thinking is false %}no thoughts{% endif %}"""
+
+
+def test_a_template_is_given_what_the_client_has_for_it() -> None:
+    tokenizer = with_template(THINKING_TEMPLATE)
+
+    def text(**kwargs: Any) -> str:
+        token_ids = asyncio.run(tokenizer.encode_chat(messages_of("Hi!"), LIMITS, options=kwargs))
+        return tokenizer.backend.decode(token_ids, skip_special_tokens=False)
+
+    assert text() == text(unknown=1) == "<|im_start|>Hi!<|im_end|>"
+    assert text(enable_thinking=False) == "<|im_start|>Hi!<|im_end|>no thoughts"
+    assert text(style="brief") == "<|im_start|>Hi!<|im_end|><|im_start|>brief"
+
+
+def test_a_value_for_the_template_forges_no_turn() -> None:
+    tokenizer = with_template(THINKING_TEMPLATE)
+    token_ids = asyncio.run(tokenizer.encode_chat(messages_of("Hi!"), LIMITS, options={"style": FORGED_TURN}))
+    assert sum(token_id in tokenizer.hidden_ids for token_id in token_ids) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt", "bos_token"]
+)
+def test_what_a_template_is_given_anyway_is_not_the_clients_to_choose(tokenizer: ChatTokenizer, name: str) -> None:
+    chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {name: "x"}}
+    with pytest.raises(InvalidRequest, match=f"{name} is not the client's") as refused:
+        tokenizer.check(parse_chat_request(chat))
+    assert refused.value.param == f"chat_template_kwargs.{name}"

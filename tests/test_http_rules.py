@@ -285,7 +285,10 @@ class TestModels:
         models = fake_client.get("/v1/models").json()
         assert models["object"] == "list"
         (model,) = models["data"]
-        assert model == {"id": MODEL, "object": "model", "created": model["created"], "owned_by": "dynamo"}
+        assert model == {
+            "id": MODEL, "object": "model", "created": model["created"], "owned_by": "dynamo", "root": MODEL,
+            "max_model_len": 8192,
+        }  # fmt: skip
         assert abs(model["created"] - time.time()) < 3600
         for path in (MODEL, MODEL.replace("/", "%2F")):
             assert fake_client.get(f"/v1/models/{path}").json() == model
@@ -294,6 +297,17 @@ class TestModels:
     def test_an_unknown_one_is_a_404(self, fake_client: httpx.Client, name: str) -> None:
         error = error_of(fake_client.get(f"/v1/models/{name}"), 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+    def test_the_length_is_what_every_engine_takes(self, fake_pipeline: Pipeline, fake_client: httpx.Client) -> None:
+        def max_model_len() -> int:
+            length: int = fake_client.get(f"/v1/models/{MODEL}").json()["max_model_len"]
+            return length
+
+        engine = fake_pipeline.fake_engine("--context-length", "2048")
+        wait_until(lambda: max_model_len() == 2048, 30, "the smaller engine to count")
+        engine.terminate()
+        fake_pipeline.processes.remove(engine)
+        wait_until(lambda: max_model_len() == 8192, 30, "the smaller engine to be gone")
 
     def test_each_served_name_can_be_asked_for(self, fake_pipeline: Pipeline) -> None:
         names = ["smol", "org/smol:latest", "名前"]

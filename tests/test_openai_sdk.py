@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import openai
@@ -162,6 +163,48 @@ def test_a_token_can_be_forced_and_banned(client: OpenAI, model: str, tokenizer:
         model=model, messages=QUESTION, temperature=0, max_tokens=3, logit_bias={str(the): -100}
     )
     assert not text_of(banned).startswith("The")
+
+
+def test_an_answer_goes_on_until_it_has_the_fewest_tokens_asked_for(client: OpenAI, model: str) -> None:
+    """Where the model would have ended after 8, for two in one batch with one that may end then."""
+
+    def num_tokens(**fields: object) -> int:
+        answer = client.chat.completions.create(
+            model=model, messages=QUESTION, temperature=0, max_tokens=20, extra_body=fields
+        )
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
+
+    with ThreadPoolExecutor() as pool:
+        counts = list(pool.map(lambda min_tokens: num_tokens(min_tokens=min_tokens), (0, 12, 20)))
+    assert counts[0] == 8
+    assert 12 <= counts[1] <= 20
+    assert counts[2] == 20
+
+
+def test_a_stop_token_ends_the_text_before_it(client: OpenAI, model: str, tokenizer: Tokenizer) -> None:
+    (paris,) = tokenizer.encode(" Paris", add_special_tokens=False).ids
+    body = {"stop_token_ids": [paris]}
+    completion = client.chat.completions.create(
+        model=model, messages=QUESTION, temperature=0, logprobs=True, extra_body=body
+    )
+    assert (text_of(completion), completion.choices[0].finish_reason) == ("The capital of France is", "stop")
+    assert (logprobs_of(completion)[-1].token, logprobs_of(completion)[-1].bytes) == (" Paris", None)
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 6
+    stream = client.chat.completions.create(
+        model=model, messages=QUESTION, temperature=0, stream=True, stop="nowhere", extra_body=body
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text_of(completion)
+
+
+def test_the_usage_tells_what_the_engine_had_cached(client: OpenAI, model: str) -> None:
+    for _ in range(2):
+        usage = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=1, n=2).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens is not None
+    assert usage.prompt_tokens - 2 <= usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
 
 
 def test_each_token_is_the_one_that_its_seed_draws(client: OpenAI, model: str, tokenizer: Tokenizer) -> None:

@@ -55,6 +55,8 @@ def test_in_the_engine_they_act() -> None:
         "SchedulerRequestReceiver._pull_raw_reqs",
         "sampling_batch_info.SamplingBatchInfo",
         "SamplingParams.verify",
+        "sampling_params.raise_if_tokenizer_required",
+        "BatchedMinNewTokensPenalizer._prepare",
         "GrammarManager.__init__",
         "GrammarManager.process_req_with_grammar",
         "GrammarManager.get_ready_grammar_requests",

@@ -28,7 +28,8 @@ WORDS = st.sampled_from(
         "index", "content", "logprobs", "usage", "prompt_tokens", "completion_tokens", "total_tokens", "stop", "length",
         "sampling_options", "stop_conditions", "output_options", "temperature", "seed", "logit_bias", "max_tokens",
         "stream", "model", "messages", "role", "user", "assistant", "tool", "text", "n", "tool_calls", "aborted",
-        "stream_options", "include_usage", "request_id", "ignore_eos", "metadata", "top_p", "invalid_request_error",
+        "stream_options", "include_usage", "request_id", "ignore_eos", "min_tokens", "stop_token_ids", "metadata",
+        "top_p", "invalid_request_error",
     ]
 )  # fmt: skip
 KEYS = WORDS | st.text(max_size=5)
@@ -69,6 +70,7 @@ CHATS = st.fixed_dictionaries(
         (
             "temperature", "top_p", "max_tokens", "stop", "n", "seed", "logit_bias", "logprobs", "top_logprobs",
             "stream", "stream_options", "tools", "metadata", "user", "response_format", "top_k", "min_p",
+            "min_tokens", "stop_token_ids", "nvext", "chat_template_kwargs",
         ),
         ANYTHING,
     ),

@@ -4,6 +4,7 @@ Each instance is asked `{"describe": true}` when it appears in etcd, until it ha
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from typing import Any, Generic, TypeVar
@@ -49,6 +50,19 @@ class Descriptions(Generic[T]):
     def are_asked(self) -> bool:
         """Whether one has not answered yet."""
         return bool(self._asking)
+
+    async def asked_again(self) -> dict[int, T | None]:
+        """By instance, as it says now; one that does not answer in time, as it said before."""
+        known = dict(await self.current())
+        await asyncio.gather(*(self._ask_again(each) for each, description in known.items() if description is not None))
+        return self._known
+
+    async def _ask_again(self, instance_id: int) -> None:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(_TIMEOUT_S):
+                answer = await self._answer(instance_id)
+            if instance_id in self._known:  # it may have left meanwhile
+                self._known[instance_id] = answer
 
     async def are_complete(self) -> bool:
         """Whether there is an instance, and each has said what it is."""
@@ -101,14 +115,14 @@ class ModelDirectory:
     def __init__(self, client: Client) -> None:
         self._processors = Descriptions(client, ProcessorDescription)
 
-    async def models(self) -> dict[str, int]:
-        """The names that clients may use, each with the Unix time since when."""
-        found: dict[str, int] = {}
-        for description in (await self._processors.current()).values():
+    async def models(self) -> dict[str, ProcessorDescription]:
+        """The names that clients may use, each with what all its processors together say of it now."""
+        found: dict[str, ProcessorDescription] = {}
+        for description in (await self._processors.asked_again()).values():
             if description is None:
                 continue
             for name in description.models:
-                found[name] = min(description.created, found.get(name, description.created))
+                found[name] = description.together_with(found[name]) if name in found else description
         return dict(sorted(found.items()))
 
     async def instances(self) -> dict[int, list[str]]:
@@ -122,7 +136,7 @@ class ModelDirectory:
         """Raises:
         ModelNotFound: there are processors, each has said what it serves, and none serves `model`.
         """
-        if await self._processors.are_complete() and model not in await self.models():
+        if await self._processors.are_complete() and not await self.eligible({"model": model}):
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
 
     async def eligible(self, request: dict[str, Any]) -> set[int]:

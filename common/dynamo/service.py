@@ -12,7 +12,7 @@ reader that stalls delays its own stream and no other.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
@@ -43,13 +43,15 @@ TypedHandler = Callable[[R, RequestContext], AsyncGenerator[Any, None]]
 class service(Generic[R]):  # noqa: N801: reads as the decorator that it is
     """`handler(request, context)`, an async generator of chunks, as an endpoint serves it: dicts in, dicts out.
 
-    description: what this process says of itself when asked.
+    description: what this process says of itself when asked, or what it is to be asked for that.
     """
 
-    def __init__(self, handler: TypedHandler[R], *, description: msgspec.Struct) -> None:
+    def __init__(
+        self, handler: TypedHandler[R], *, description: msgspec.Struct | Callable[[], Awaitable[msgspec.Struct]]
+    ) -> None:
         self._handler: TypedHandler[R] = handler
         self._read = _READERS[get_type_hints(handler)["request"]]
-        self._description = to_wire(description) | {"finish_reason": "stop"}
+        self._description = description
 
     def count_in(self, metrics: Metrics) -> None:
         """Call before the first request."""
@@ -57,7 +59,8 @@ class service(Generic[R]):  # noqa: N801: reads as the decorator that it is
 
     async def __call__(self, request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
         if request.get("describe"):
-            yield self._description
+            description = await self._description() if callable(self._description) else self._description
+            yield to_wire(description) | {"finish_reason": "stop"}
             return
         try:
             with self._records.begin(Envelope.taken_from(request)) as record:

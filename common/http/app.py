@@ -19,7 +19,7 @@ from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.openai.openapi import install_openapi
-from common.openai.responses import Model, models_of
+from common.openai.responses import Models, model_of
 from common.page.live_page import install_live_page
 
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
@@ -55,14 +55,15 @@ def json_response(message: msgspec.Struct) -> Response:
 def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
     @app.api_route("/v1/models", methods=GET)
     async def list_models() -> Response:
-        return json_response(models_of((await pipeline.models.models()).items()))
+        known = await pipeline.models.models()
+        return json_response(Models(data=[model_of(name, served) for name, served in known.items()]))
 
     @app.api_route("/v1/models/{model:path}", methods=GET)
     async def retrieve_model(model: str) -> Response:
         known = await pipeline.models.models()
         if model not in known:
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
-        return json_response(Model(id=model, created=known[model]))
+        return json_response(model_of(model, known[model]))
 
     @app.api_route("/health", methods=GET)
     async def health() -> JSONResponse:

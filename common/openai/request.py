@@ -7,7 +7,15 @@ import re
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import JsonSchema, check_size, schema_text
@@ -21,6 +29,7 @@ from common.openai.strict_model import (
     absent,
     any_of,
     present,
+    whole_number,
 )
 from common.openai.tools import MAX_FORCED_CALLS, MAX_TOOLS, NamedTool, Tool, ToolChoice, forced_calls_schema
 
@@ -92,6 +101,8 @@ Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage
 MAX_CHOICES = 16
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 256
 MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 64
+MAX_TEMPLATE_VALUES, MAX_TEMPLATE_CHARACTERS = 16, 256
 
 # Fields of OpenAI's that have no effect here, with the values that ask for none.
 NO_OPS: dict[str, Any] = {
@@ -113,6 +124,7 @@ _DEPENDENT = ("tool_choice", "parallel_tool_calls", "function_call")
 _TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
 
 
+TokenId = Annotated[int, BeforeValidator(whole_number), Field(ge=0, lt=2**31)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),
@@ -122,6 +134,18 @@ Stop = Annotated[
     Annotated[_StopString, IS_STRING] | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS), IS_LIST],
     STRING_OR_LIST,
 ]
+
+
+def _check_template_value(value: Any) -> Any:
+    if isinstance(value, list | dict) or (isinstance(value, str) and len(value) > MAX_TEMPLATE_CHARACTERS):
+        raise ValueError(f"must be a boolean, a number or a string of up to {MAX_TEMPLATE_CHARACTERS} characters")
+    return value
+
+
+_TEMPLATE_VALUE: dict[str, Any] = {
+    "type": ["boolean", "number", "string", "null"], "maxLength": MAX_TEMPLATE_CHARACTERS,
+}  # fmt: skip
+TemplateValue = Annotated[Any, AfterValidator(_check_template_value), WithJsonSchema(_TEMPLATE_VALUE)]
 
 
 class StreamOptions(StrictModel):
@@ -186,7 +210,16 @@ class ChatCompletionRequest(StrictModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     logit_bias: LogitBias | None = Field(None, description="By token id; one that the model does not have is a 400.")
     stop: Stop | None = None
+    min_tokens: int = Field(0, ge=0, description="Before so many, neither the end of sequence nor a stop token comes.")
+    stop_token_ids: list[TokenId] = Field(
+        [], max_length=MAX_STOP_TOKENS, description="One that the model does not have is a 400."
+    )
     ignore_eos: bool = False
+    chat_template_kwargs: dict[str, TemplateValue] = Field(
+        {},
+        max_length=MAX_TEMPLATE_VALUES,
+        description="For the chat template. Names of what it is given anyway are a 400.",
+    )
     nvext: DynamoExtension | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     logprobs: bool = False
@@ -209,6 +242,8 @@ class ChatCompletionRequest(StrictModel):
             raise ValueError("top_logprobs: needs logprobs to be true")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
+        if self.num_tokens_asked is not None and self.min_tokens > self.num_tokens_asked:
+            raise ValueError(f"min_tokens: more than the {self.num_tokens_asked} tokens that the answer may have")
         if not all(re.fullmatch(_TOKEN_ID, token_id) for token_id in self.logit_bias or {}):
             raise ValueError("logit_bias: the keys must be token ids")
         return self

@@ -5,7 +5,6 @@ What a field may hold is said by its type: the OpenAPI document is made of these
 
 import time
 import uuid
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,7 +14,15 @@ from msgspec import UNSET, Meta, UnsetType
 from common.errors import BadUpstream
 from common.observability.request_records import RequestRecord
 from common.openai.request import ChatCompletionRequest
-from common.wire import AnswerFinishReason, CallTrace, LogprobEntry, ProcessorChunk, ToolCallDelta, Usage
+from common.wire import (
+    AnswerFinishReason,
+    CallTrace,
+    LogprobEntry,
+    ProcessorChunk,
+    ProcessorDescription,
+    ToolCallDelta,
+    Usage,
+)
 
 DONE = format_sse_event(data_str="[DONE]")
 MAX_ANSWER_CHARACTERS = 2**24  # no model of today writes that much in one answer
@@ -123,6 +130,8 @@ class Model(JsonObject, kw_only=True):
     object: Literal["model"] = "model"
     created: UnixTime
     owned_by: str = "dynamo"
+    root: str
+    max_model_len: int | UnsetType = UNSET
 
 
 class Models(JsonObject, kw_only=True):
@@ -130,9 +139,10 @@ class Models(JsonObject, kw_only=True):
     data: list[Model]
 
 
-def models_of(created: Iterable[tuple[str, int]]) -> Models:
-    """created: each model's name, and since when it is served."""
-    return Models(data=[Model(id=name, created=since) for name, since in created])
+def model_of(name: str, served: ProcessorDescription) -> Model:
+    """`root` and `max_model_len` as vLLM and SGLang have them: the model behind the name, and its context in tokens."""
+    max_model_len = UNSET if served.context_length is None else served.context_length
+    return Model(id=name, created=served.created, root=served.root or name, max_model_len=max_model_len)
 
 
 def sse(event: Any) -> bytes:

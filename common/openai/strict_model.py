@@ -17,7 +17,7 @@ def _is_no_op(value: Any, no_op_values: Any) -> bool:
     return no_op_values is IGNORED or any(type(value) is type(no_op) and value == no_op for no_op in no_op_values)
 
 
-def _number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     # JSON has one kind of number, so 1.0 is an integer. Integers beyond 64 bits arrive as floats, and rounded.
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
 
@@ -59,7 +59,7 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            name: _number(value)
+            name: whole_number(value)
             for name, value in data.items()
             if value is not None and not (name in cls.no_ops and _is_no_op(value, cls.no_ops[name]))
         }

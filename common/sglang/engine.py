@@ -147,6 +147,8 @@ def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
         token_ids=output["output_ids"][num_output_tokens_so_far:],
         finish_reason=finish_reason["type"] if finish_reason else None,
     )
+    if finish_reason:
+        chunk.cached_tokens = meta_info.get("cached_tokens")
     if (logprobs := meta_info.get("output_token_logprobs")) is not None:
         chunk.log_probs = [logprob for logprob, _, _ in logprobs[num_output_tokens_so_far:]]
     if top_logprobs := meta_info.get("output_top_logprobs"):

@@ -4,6 +4,7 @@ What a template makes of tools is told from what it renders, never from a model'
 """
 
 import contextlib
+import inspect
 import json
 import logging
 import re
@@ -44,11 +45,13 @@ class ChatTemplate:
     """takes_tools: whether a prompt tells the model of the request's tools.
 
     takes_calls: whether a prompt has the calls of earlier turns. is_hermes: whether it writes them in Hermes' form, as
-    the model then does.
+    the model then does. reserved_names: of the values that it is given anyway.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
+        parameters = inspect.signature(tokenizer.apply_chat_template).parameters
+        self.reserved_names = {"messages", *tokenizer.special_tokens_map, *parameters}
         self.example = self._tried([_QUESTION])
         self.takes_tools = _NAME in self._tried([_QUESTION], [_TOOL])
         # Some templates concatenate the arguments' JSON instead of writing it.
@@ -57,14 +60,19 @@ class ChatTemplate:
         self.takes_calls = _NAME in called
         self.is_hermes = _HERMES_CALL.search(called) is not None
 
-    def render(self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
-        """The prompt, ending where the assistant's answer begins.
+    def render(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt, ending where the assistant's answer begins. options: more values, none of `reserved_names`.
 
         Raises:
             InvalidRequest: the template does not take these messages.
         """
         try:
-            return self._rendered(conversation, tools)
+            return self._rendered(conversation, tools, options)
         except jinja2.TemplateError as error:
             raise InvalidRequest(
                 f"The model's chat template does not take these messages: {error}.", param="messages"
@@ -73,9 +81,14 @@ class ChatTemplate:
             logger.warning("the chat template failed", exc_info=True)
             raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
 
-    def _rendered(self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+    def _rendered(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        options: dict[str, Any] | None = None,
+    ) -> str:
         prompt = self._tokenizer.apply_chat_template(
-            conversation, tools=tools or None, tokenize=False, add_generation_prompt=True
+            conversation, tools=tools or None, tokenize=False, add_generation_prompt=True, **(options or {})
         )
         return cast("str", prompt)
 

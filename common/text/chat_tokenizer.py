@@ -7,7 +7,7 @@ loop; short ones take less time than it would take to hand them to another threa
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -108,16 +108,26 @@ class ChatTokenizer:
 
     def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
-        InvalidRequest: a bias for a token that the model does not have, or tools that it cannot choose to call.
+        InvalidRequest: it names a token that the model does not have, tools that it cannot choose to call, or a value
+        for the template that is not the client's.
         """
         if request.usable_tools and not request.max_forced_calls:
             self._check_free_calls()
-        for token_id in request.logit_bias or {}:
-            if int(token_id) >= self.vocab_size:
+        for name in request.chat_template_kwargs.keys() & self.template.reserved_names:
+            raise InvalidRequest(
+                f"Invalid value for chat_template_kwargs: {name} is not the client's to choose.",
+                param=f"chat_template_kwargs.{name}",
+            )
+        self._check_known("logit_bias", map(int, request.logit_bias or ()))
+        self._check_known("stop_token_ids", request.stop_token_ids)
+
+    def _check_known(self, param: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if token_id >= self.vocab_size:
                 raise InvalidRequest(
-                    f"Invalid value for logit_bias: the model has {self.vocab_size} tokens, and {token_id} is none of "
+                    f"Invalid value for {param}: the model has {self.vocab_size} tokens, and {token_id} is none of "
                     "them.",
-                    param="logit_bias",
+                    param=param,
                 )
 
     def _check_free_calls(self) -> None:
@@ -131,32 +141,42 @@ class ChatTokenizer:
             )
 
     async def encode_chat(
-        self, messages: list[Message], limits: ContextLimits, tools: Sequence[Tool] = ()
+        self,
+        messages: list[Message],
+        limits: ContextLimits,
+        tools: Sequence[Tool] = (),
+        options: dict[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt's token ids, ending where the assistant's answer begins. tools: those that the model may call.
+        """The prompt's token ids, ending where the assistant's answer begins.
+
+        tools: those that the model may call. options: what the template is given beside, chosen by the client.
 
         Raises:
             InvalidRequest: the template does not take these messages. ContextLengthExceeded: too many tokens.
         """
+        options = options or {}
         if _is_short(messages, tools):
-            token_ids = self._encode(messages, limits, tools)
+            token_ids = self._encode(messages, limits, tools, options)
         else:
             loop = asyncio.get_running_loop()
-            token_ids = await loop.run_in_executor(self._thread, self._encode, messages, limits, tools)
+            token_ids = await loop.run_in_executor(self._thread, self._encode, messages, limits, tools, options)
         limits.check_prompt(len(token_ids))
         return token_ids
 
-    def _encode(self, messages: list[Message], limits: ContextLimits, tools: Sequence[Tool]) -> list[int]:
+    def _encode(
+        self, messages: list[Message], limits: ContextLimits, tools: Sequence[Tool], options: dict[str, Any]
+    ) -> list[int]:
         conversation, offered = self.template.conversation(messages, tools), template_tools(tools)
-        prompt = self.template.render(conversation, offered)
+        prompt = self.template.render(conversation, offered, options)
         if len(prompt) > limits.max_input_tokens * self._longest_token:  # not worth a tokenizer's time
             raise limits.exceeded(
                 f"Your messages make a prompt of {len(prompt)} characters, at least "
                 f"{len(prompt) // self._longest_token} tokens."
             )
         if self._literals:
-            marked = self._literals.marked(conversation), self._literals.marked_tools(offered)
-            if marked != (conversation, offered):
+            literals = self._literals
+            marked = literals.marked(conversation), literals.marked_tools(offered), literals.marked_options(options)
+            if marked != (conversation, offered, options):
                 return self._literals.encode(self._render_marked(*marked, prompt))
         # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
         # transformers' own `tokenize=True` does beyond this is to note the characters' offsets.
@@ -164,9 +184,11 @@ class ChatTokenizer:
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def _render_marked(self, marked: list[dict[str, Any]], tools: list[dict[str, Any]], prompt: str) -> str:
+    def _render_marked(
+        self, marked: list[dict[str, Any]], tools: list[dict[str, Any]], options: dict[str, Any], prompt: str
+    ) -> str:
         """Raises: InvalidRequest, if that is another prompt: the template looks for special tokens in the messages."""
-        marked_prompt = self.template.render(marked, tools)
+        marked_prompt = self.template.render(marked, tools, options)
         if marked_prompt.replace(MARK, "") != prompt:
             raise InvalidRequest(
                 "The messages contain a special token of the model, which its chat template does not take as text.",

@@ -23,6 +23,7 @@ from common.wire import (
     FinishReason,
     LogprobEntry,
     ProcessorChunk,
+    PromptTokensDetails,
     TokenLogprob,
     Usage,
 )
@@ -37,7 +38,8 @@ class Choice:
     """Accumulates all tokens and detokenizes them once; for a stream, or to look for stop strings, piece by piece.
 
     max_tokens: what the engine was asked for, at most. num_tokens: generated so far; after a stop string, up to the
-    token that completed it. is_finished: nothing more will come of it, even if the engine has more.
+    token that completed it. num_cached_tokens: of the prompt's, if the engine told. is_finished: nothing more will come
+    of it, even if the engine has more.
     """
 
     def __init__(
@@ -46,12 +48,13 @@ class Choice:
         self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
         self.index, self.max_tokens = index, max_tokens
         self.num_tokens = 0
+        self.num_cached_tokens: int | None = None
         self.is_finished = False
         self._is_accumulated = not request.stream and not request.stop_strings
         self._token_ids: list[int] = []
         self._logprobs: list[LogprobEntry] | None = None
-        self._shown_ids = tokenizer.shown_ids if request.usable_tools else frozenset[int]()
-        self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings, shown_ids=self._shown_ids)
+        self._hidden_ids = _hidden_ids(tokenizer, request)
+        self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings, hidden_ids=self._hidden_ids)
         self._reader = _reader_for(request, tokenizer)
         self._thoughts = _thoughts_before(self._reader, tokenizer, request, prompt)
 
@@ -71,6 +74,8 @@ class Choice:
         chunk = self._accumulated(data) if self._is_accumulated else self._piece(data)
         if self.num_tokens > self.max_tokens:
             raise BadUpstream("The engine sent more tokens than it was asked for.")
+        if data.cached_tokens is not None:
+            self.num_cached_tokens = data.cached_tokens
         self.is_finished = chunk.finish_reason is not None
         return chunk if chunk.has_content or self.is_finished else None
 
@@ -81,7 +86,7 @@ class Choice:
         self._logprobs = self._logprobs if entries is None else (self._logprobs or []) + entries
         if data.finish_reason is None:
             return ProcessorChunk()
-        content = detokenize(self._tokenizer.backend, self._token_ids, shown_ids=self._shown_ids)
+        content = detokenize(self._tokenizer.backend, self._token_ids, hidden_ids=self._hidden_ids)
         return self._read(content, self._logprobs, data.finish_reason)
 
     def _piece(self, data: EngineChunk) -> ProcessorChunk:
@@ -115,18 +120,27 @@ class Choice:
     def _logprob_entries(self, data: EngineChunk, num_tokens: int) -> list[LogprobEntry] | None:
         if self._request.num_top_logprobs is None:
             return None
-        token_bytes, hidden_ids = self._tokenizer.token_bytes, self._tokenizer.hidden_ids - self._shown_ids
-        return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, hidden_ids)
+        token_bytes = self._tokenizer.token_bytes
+        return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, self._hidden_ids)
 
 
 def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
-    """So far."""
+    """So far. Cached are those of the prompt that each choice's engine found in its cache: the fewest."""
     num_tokens = sum(choice.num_tokens for choice in choices)
     usage = Usage(num_prompt_tokens, num_tokens, num_prompt_tokens + num_tokens)
     reasoning = [choice.num_reasoning_tokens for choice in choices if choice.num_reasoning_tokens is not None]
     if reasoning:
         usage.completion_tokens_details = CompletionTokensDetails(sum(reasoning))
+    cached = [choice.num_cached_tokens for choice in choices if choice.num_cached_tokens is not None]
+    if cached:  # one that went on elsewhere has its own first tokens in its prompt, too
+        usage.prompt_tokens_details = PromptTokensDetails(min(num_prompt_tokens, *cached))
     return usage
+
+
+def _hidden_ids(tokenizer: ChatTokenizer, request: ChatCompletionRequest) -> Set[int]:
+    """The tokens that the text leaves out: special ones, but for the markup of calls, and those that end it."""
+    ending = () if request.is_eos_ignored else request.stop_token_ids
+    return tokenizer.hidden_ids - (tokenizer.shown_ids if request.usable_tools else frozenset()) | frozenset(ending)
 
 
 def _reader_for(request: ChatCompletionRequest, tokenizer: ChatTokenizer) -> TextReader:

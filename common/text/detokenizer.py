@@ -131,12 +131,12 @@ def _byte_level_bytes(token: str) -> bytes:
 class IncrementalDetokenizer:
     """Turns the ids of one generation into text: for any split, pushes + flush == `detokenize(all ids)`.
 
-    shown_ids: of special tokens that are not left out.
+    hidden_ids: those that the text leaves out; None: the special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, shown_ids: Set[int] = frozenset()) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, hidden_ids: Set[int] | None = None) -> None:
         self._token_bytes = token_bytes(tokenizer)
-        self._skipped_ids = special_token_ids(tokenizer) - shown_ids
+        self._skipped_ids = special_token_ids(tokenizer) if hidden_ids is None else hidden_ids
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._is_at_start = True
 
@@ -163,9 +163,9 @@ class IncrementalDetokenizer:
             self._is_at_start = False
 
 
-def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, shown_ids: Set[int] = frozenset()) -> str:
+def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, hidden_ids: Set[int] | None = None) -> str:
     """The text of a whole generation; a character cut off at its end is dropped."""
-    detokenizer = IncrementalDetokenizer(tokenizer, shown_ids=shown_ids)
+    detokenizer = IncrementalDetokenizer(tokenizer, hidden_ids=hidden_ids)
     return detokenizer.push(token_ids) + detokenizer.flush()
 
 

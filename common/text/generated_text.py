@@ -65,10 +65,12 @@ class GeneratedText:
 
     num_tokens: every id pushed, special and unknown ones included; after a stop string only those up to and
     including the token that completed it, however many came in the same chunk.
+
+    hidden_ids: those that the text leaves out; None: the special tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), shown_ids: Set[int] = frozenset()) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, shown_ids=shown_ids)
+    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), hidden_ids: Set[int] | None = None) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, hidden_ids=hidden_ids)
         self._stop_strings = StopStringMatcher(stop) if stop else None
         self.num_tokens = 0
 

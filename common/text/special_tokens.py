@@ -45,6 +45,9 @@ class LiteralSpecialTokens:
         marked: list[dict[str, Any]] = self._in_others.marked(tools)
         return marked
 
+    def marked_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {name: self._in_others.marked(value) for name, value in options.items()}
+
     def encode(self, marked_prompt: str) -> list[int]:
         (encoding,) = self._encoder.encode_batch_fast([marked_prompt], add_special_tokens=False)
         token_ids: list[int] = encoding.ids
