@@ -62,6 +62,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
     ({"chat_template_kwargs": {f"k{number}": number for number in range(17)}}, "chat_template_kwargs"),
     ({"min_tokens": -1}, "min_tokens"),
     ({"min_tokens": 4}, "min_tokens"),
+    ({"min_tokens": 1, "response_format": {"type": "json_object"}}, "min_tokens"),
     ({"stop_token_ids": [99999999]}, "stop_token_ids"),
     ({"stop_token_ids": [1] * 65}, "stop_token_ids"),
     ({"stop_token_ids": 2}, "stop_token_ids"),

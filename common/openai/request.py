@@ -179,6 +179,11 @@ class JsonSchemaFormat(StrictModel):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+_JSON_FORMATS = (JsonSchemaFormat, JsonObjectFormat)
+_FREE_TOOL_CHOICE: dict[str, Any] = {"properties": {"tool_choice": {"enum": ["none", "auto", None]}}}
+_FREE_FORMAT = any_of(absent("response_format"), present("response_format", properties={"type": {"const": "text"}}))
+
+
 class DynamoExtension(StrictModel):
     """The part of Dynamo's `nvext` that its own benchmark script sends."""
 
@@ -192,7 +197,8 @@ class ChatCompletionRequest(StrictModel):
     rules: ClassVar = [
         any_of(absent("top_logprobs"), present("logprobs", const=True)),
         any_of(absent("stream_options"), present("stream", const=True)),
-        any_of({"properties": {"tool_choice": {"enum": ["none", "auto", None]}}}, present("tools", minItems=1)),
+        any_of(_FREE_TOOL_CHOICE, present("tools", minItems=1)),
+        any_of(present("min_tokens", const=0), absent("min_tokens"), {"allOf": [_FREE_TOOL_CHOICE, _FREE_FORMAT]}),
     ]
     model: str = Field(min_length=1, description="One that GET /v1/models lists; any other is a 404.")
     messages: list[Message] = Field(
@@ -244,6 +250,10 @@ class ChatCompletionRequest(StrictModel):
             raise ValueError("stream_options: only allowed when stream is true")
         if self.num_tokens_asked is not None and self.min_tokens > self.num_tokens_asked:
             raise ValueError(f"min_tokens: more than the {self.num_tokens_asked} tokens that the answer may have")
+        if self.min_tokens and (self.max_forced_calls or isinstance(self.response_format, _JSON_FORMATS)):
+            raise ValueError(
+                "min_tokens: JSON ends where it is complete, as response_format or tool_choice asks for it"
+            )
         if not all(re.fullmatch(_TOKEN_ID, token_id) for token_id in self.logit_bias or {}):
             raise ValueError("logit_bias: the keys must be token ids")
         return self

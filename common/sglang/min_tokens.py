@@ -35,7 +35,8 @@ def prepare(penalizer: Any) -> None:
     penalizer.len_output_tokens = _column([len(request.output_ids) for request in requests], device)
     penalties = torch.zeros((len(requests), orchestrator.vocab_size), device=device)
     for row, request in enumerate(requests):
-        if request.sampling_params.min_new_tokens:
+        # At the end of a grammar nothing but the end may come.
+        if request.sampling_params.min_new_tokens and request.grammar is None:
             penalties[row, [each for each in _end_ids(request) if each < orchestrator.vocab_size]] = -torch.inf
     penalizer.stop_token_penalties = penalties
 

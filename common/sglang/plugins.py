@@ -36,7 +36,7 @@ def gathered_prefills() -> None:
 
 
 def request_seeds() -> None:
-    """And grammars, and min_tokens: what else a request asks of the sampler. An environment of before there were any has them, too."""
+    """And grammars and min_tokens: what else a request asks of the sampler. An older environment has them, too."""
     if _are_on():
         from common.sglang import grammars, min_tokens, request_seeds
 
