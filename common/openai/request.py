@@ -124,7 +124,7 @@ _DEPENDENT = ("tool_choice", "parallel_tool_calls", "function_call")
 _TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
 
 
-TokenId = Annotated[int, BeforeValidator(whole_number), Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(whole_number)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),
