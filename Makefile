@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run chapter-1 status test test-long test-quick test-page test-chapter test-hosts soak bench check lock clean
+.PHONY: help setup model infra run dev chapter-1 status test test-long test-quick test-page test-chapter test-hosts soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python. Where each is, or nothing.
 PYTHON_CANDIDATES ?= $(or $(PYTHON),python3.11 python3.12 python3)
@@ -20,6 +20,7 @@ help:
 	@echo 'make setup       .venv with everything pinned in requirements.txt (10 GB of disk, about a minute)'
 	@echo 'make model       the embedded model, made once: models/SmolLM2-135M-Instruct'
 	@echo 'make run         NATS, etcd, engine, processor and frontend; asks them one question; stays up'
+	@echo 'make dev         the same, and a component restarts by itself when you save its script or what it imports'
 	@echo 'make infra       NATS and etcd only, for the three terminals of the chapter'
 	@echo 'make chapter-1   the same for the chapter taken literally: docs/chapter-1/README.md breaks it, step by step'
 	@echo
@@ -85,6 +86,9 @@ infra: setup
 
 run: model
 	@$(VENV_PYTHON) -m launch.run
+
+dev: model
+	@$(VENV_PYTHON) -m launch.dev
 
 chapter-1: model
 	@$(VENV_PYTHON) -m launch.chapter_1

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 from launch.command import LaunchError, run_command, say
@@ -24,13 +25,14 @@ MAX_PROGRESS_WIDTH = 110
 ROUTER_START_S = 60.0
 
 
-async def run(settings: Settings) -> None:
-    """Start, wait, ask, show, stay."""
+async def run(settings: Settings, watch: Callable[[Supervisor], Coroutine[None, None, None]] | None = None) -> None:
+    """Start, wait, ask, show, stay. watch: runs beside all that, as `make dev` does."""
     await require_given_servers(settings)
     folder = settings.data_folder / "run"
     *components, router = component_programs(settings)
     supervisor = Supervisor(folder, [*server_programs(settings, folder), *components])
     async with supervisor.running():
+        beside = [asyncio.create_task(watch(supervisor))] if watch else []
         try:
             names = ", ".join(program.name for program in supervisor.programs)
             say(f"run: starting {names}; logs in {shown(folder)}/logs")
@@ -42,12 +44,15 @@ async def run(settings: Settings) -> None:
             if not settings.is_run_once:
                 show_what_next(settings)
                 shown_logs = [show_new_lines(each.name, supervisor.log_file(each.name)) for each in components]
-                await asyncio.gather(supervisor.keep_running(), *shown_logs)
+                await asyncio.gather(supervisor.keep_running(), *beside, *shown_logs)
         except asyncio.CancelledError:
             say("run: stopping; streams get time to finish, Ctrl-C once more ends them")
             if settings.is_run_once:
                 raise LaunchError("stopped before it was done") from None
             raise
+        finally:
+            for task in beside:
+                task.cancel()
 
 
 def component_programs(settings: Settings) -> list[Program]:

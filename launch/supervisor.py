@@ -42,6 +42,7 @@ class Supervisor:
         self.folder = folder
         self.programs = programs
         self._num_deaths: Counter[str] = Counter()
+        self._restarting: set[str] = set()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._keepers: list[asyncio.Task[None]] = []
 
@@ -93,6 +94,13 @@ class Supervisor:
         """Until cancelled. Raises what keeps a program from being started again, such as an OSError."""
         await asyncio.gather(*self._keepers)
 
+    def restart(self, name: str) -> None:
+        """Ask a program to end, and start it again; one that was never started, not. No second SIGTERM: that is "now"."""
+        if (process := self._processes.get(name)) and name not in self._restarting:
+            self._restarting.add(name)
+            process.terminate()
+            asyncio.get_running_loop().call_later(STOP_S, _kill_if_up, process)
+
     async def _keep(self, program: Program) -> None:
         pause_s = 0.0
         while True:
@@ -100,15 +108,27 @@ class Supervisor:
             while process.poll() is None:
                 await asyncio.sleep(POLL_S)
                 _rotate(self.log_file(program.name))
-            self._num_deaths[program.name] += 1
             pause_s = 0.0 if time.monotonic() - started_at > MIN_LIFE_S else min(pause_s + 1.0, MAX_PAUSE_S)
-            when = f" in {pause_s:.0f} s" if pause_s else ""
-            how = how_it_ended(process)
-            say(f"supervisor: {program.name} {how}; it is started again{when}, the others are left alone")
+            if program.name not in self._restarting:
+                self._report_death(program.name, process, pause_s)
             await ended(process, 0)
-            await asyncio.sleep(pause_s)
+            await self._pause(program.name, pause_s)
+            self._restarting.discard(program.name)
             self._start(program)
             say(f"supervisor: {program.name} started, pid {self._processes[program.name].pid}")
+
+    def _report_death(self, name: str, process: subprocess.Popen[bytes], pause_s: float) -> None:
+        self._num_deaths[name] += 1
+        when = f" in {pause_s:.0f} s" if pause_s else ""
+        say(f"supervisor: {name} {how_it_ended(process)}; it is started again{when}, the others are left alone")
+        if process.returncode > 0:
+            say(f"supervisor: its last line: {''.join(last_lines(self.log_file(name), 1))}")
+
+    async def _pause(self, name: str, pause_s: float) -> None:
+        """At once when somebody asks for a restart meanwhile: what kept it from staying up is mended, perhaps."""
+        deadline = time.monotonic() + pause_s
+        while time.monotonic() < deadline and name not in self._restarting:
+            await asyncio.sleep(POLL_S)
 
     def _start(self, program: Program) -> None:
         process = self._processes[program.name] = program.start(self.log_file(program.name))
@@ -123,13 +143,17 @@ class Supervisor:
                 await ended(process, STOP_S)
         finally:  # a second Ctrl-C ends the patience with programs that drain
             for process in self._processes.values():
-                if process.poll() is None:
-                    kill_group(process)
+                _kill_if_up(process)
             self._remove_files("*.pid")
 
     def _remove_files(self, pattern: str) -> None:
         for file in self.folder.glob(pattern):
             file.unlink()
+
+
+def _kill_if_up(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        kill_group(process)
 
 
 def _rotate(log: Path) -> None:
