@@ -36,6 +36,7 @@ help:
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
 	@echo 'make test-hosts  the tests on several hosts (network namespaces, as root), which are a part of make test'
 	@echo 'make check       ruff and mypy'
+	@echo 'make check-exercise-1  what you wrote for an exercise of docs/exercises; also -2 to -4'
 	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
 	@echo 'make clean       removes everything that the targets above made'
 	@echo
@@ -98,6 +99,10 @@ restart-%:
 
 status:
 	@$(VENV_PYTHON) -m launch.control
+
+# Without its output where it passes, and up to the first thing that is missing where it does not.
+check-exercise-%: model
+	@$(VENV_PYTHON) -m pytest --exitfirst --quiet --no-header --tb=short -rN docs/exercises/check_$*_*.py
 
 test: model
 	@$(VENV_PYTHON) -m pytest -m 'not long'
