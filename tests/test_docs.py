@@ -120,7 +120,8 @@ class TestPages:
         code = re.findall(r"`([^`\n]+)`", page.read_text()) + [b.command for b in blocks(page) if b.language == "sh"]
         named = {target for text in code for target in re.findall(r"(?:^|\s)make ([a-z][\w-]*)", text)}
         components = {f"restart-{name}" for name in ("nats", "etcd", "engine", "processor", "frontend")}
-        assert named <= targets | components
+        exercises = {f"check-exercise-{path.name.split('_')[1]}" for path in ROOT.glob("docs/exercises/check_*.py")}
+        assert named <= targets | components | exercises
 
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
     def test_files_exist(self, page: Path) -> None:
