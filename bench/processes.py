@@ -16,6 +16,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 _MIB = 2**20
+# engine.py switches our SGLang plugins on by itself. Everybody else runs as it came, whatever the shell has exported.
+_AS_IT_CAME = {"DYN_CHAT_SGLANG_PLUGINS": ""}
 
 
 def free_port() -> int:
@@ -56,12 +58,16 @@ class Child:
     stdin: int = subprocess.DEVNULL
     stdout: int | None = None
 
+    @property
+    def environ(self) -> dict[str, str]:
+        return {**os.environ, **_AS_IT_CAME, **self.env}
+
     def start(self) -> "Child":
         with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
                 self.command,
                 cwd=ROOT,
-                env={**os.environ, **self.env},
+                env=self.environ,
                 stdin=self.stdin,
                 stdout=log if self.stdout is None else self.stdout,
                 stderr=log,

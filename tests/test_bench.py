@@ -1,6 +1,7 @@
 """The harness itself: its loads, its figures, its table and plot, on a server that answers at once."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,11 @@ import pytest
 from bench import plan
 from bench.hops import POINTS, hops
 from bench.http_client import Reply
-from bench.peers import Instant, Setting
+from bench.infra import Infra
+from bench.peers import PEERS, Instant, Ours, Setting
+from bench.processes import Child
+from common.sglang import plugins
+from launch.dev import Source
 from tests.processes import ROOT, wait_until
 
 pytestmark = pytest.mark.process
@@ -76,6 +81,28 @@ def test_hops_are_the_times_between_the_points_that_a_request_passed() -> None:
 def test_a_request_that_was_not_seen_somewhere_is_an_error() -> None:
     with pytest.raises(ValueError, match="not seen at: frontend has the headers"):
         hops([Reply(sent_at=1.0, first_content_at=2.0)], [(1.5, point) for point in POINTS[2:-1]])
+
+
+def test_peers_run_untouched_by_our_sglang_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where a shell has switched them on. What SGLang makes of that: tests/test_sglang_plugins.py."""
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    plugins.switch_on()
+    started: list[Child] = []
+    monkeypatch.setattr(Child, "start", lambda child: started.append(child) or child)
+    monkeypatch.setattr(Infra, "start", lambda infra: None)
+    others = [peer for peer in PEERS.values() if not issubclass(peer, Ours)]
+    for peer in others:
+        peer(Setting("model", tmp_path)).start()
+    assert {child.log_path.parent.name for child in started} >= {peer.name for peer in others}
+    assert plugins._are_on()
+    for child in started:
+        with monkeypatch.context() as theirs:
+            theirs.setattr(os, "environ", child.environ)
+            assert not plugins._are_on()
+            assert not plugins.cpu_platform()
+    scripts = [ROOT / word for child in started for word in child.command if word.endswith(".py")]
+    sources = [Source(script, ROOT) for script in (*scripts, ROOT / "bench" / "engine_alone.py")]
+    assert not [file for source in sources for file in source.files if "sglang" in str(file.relative_to(ROOT))]
 
 
 def test_schedulers_of_all_peers_share_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
