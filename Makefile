@@ -36,7 +36,7 @@ help:
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
 	@echo 'make test-hosts  the tests on several hosts (network namespaces, as root), which are a part of make test'
 	@echo 'make check       ruff and mypy'
-	@echo 'make check-exercise-1  what you wrote for an exercise of docs/exercises; also -2 to -4'
+	@echo 'make check-exercise-1  what you wrote for an exercise of docs/exercises; also -2 to -5'
 	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
 	@echo 'make clean       removes everything that the targets above made'
 	@echo

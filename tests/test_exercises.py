@@ -10,11 +10,12 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.checkout import copy_checkout
+from tests.pages import block
 from tests.processes import ROOT
 
 EXERCISES = ROOT / "docs" / "exercises"
-SOLUTIONS = sorted((EXERCISES / "solutions").glob("*.patch"))
-NUMBERS = [solution.stem for solution in SOLUTIONS]
+PAGE = EXERCISES / "README.md"
+NUMBERS = sorted(solution.stem for solution in (EXERCISES / "solutions").glob("*.patch"))
 
 
 def outcomes(checkout: Path) -> dict[str, set[str]]:
@@ -38,21 +39,20 @@ def test_each_check_fails_without_the_solution_and_passes_with_it(tmp_path: Path
     before = outcomes(checkout)
     assert [number for number in NUMBERS if "failed" in before[number]] == NUMBERS
     alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}  # not a part of a repository around it
-    subprocess.run(["git", "apply", *map(str, SOLUTIONS)], cwd=checkout, env=alone, check=True)
+    apply_first = block(PAGE, "git apply").command
+    for number in NUMBERS:
+        apply = apply_first.replace("1.patch", f"{number}.patch")
+        subprocess.run(["bash", "-c", apply], cwd=checkout, env=alone, check=True)
     assert outcomes(checkout) == {number: {"passed"} for number in NUMBERS}
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=E,F,W", "--line-length=120"]
+    subprocess.run([*ruff, "common", *(path.name for path in checkout.glob("*.py"))], cwd=checkout, check=True)
 
 
 def test_every_exercise_has_a_task_a_check_a_solution_and_a_target() -> None:
-    tasks = re.findall(r"^## (\d)\. ", (EXERCISES / "README.md").read_text(), re.MULTILINE)
+    tasks = re.findall(r"^## (\d)\. ", PAGE.read_text(), re.MULTILINE)
     checks = [path.name.split("_")[1] for path in sorted(EXERCISES.glob("check_*.py"))]
     assert tasks == checks == NUMBERS
-    done = subprocess.run(["make", "--dry-run", "-o", "setup", "-o", "model", "check-exercise-1"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    check = block(PAGE, "make check-exercise-1").command
+    without_setup = [*check.split(), "--dry-run", "-o", "setup", "-o", "model"]
+    done = subprocess.run(without_setup, cwd=ROOT, capture_output=True, text=True)
     assert "docs/exercises/check_1_" in done.stdout
-
-
-def test_the_page_names_files_that_exist_or_are_to_be_written() -> None:
-    named = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+\.(?:py|md))`", (EXERCISES / "README.md").read_text()))
-    to_be_written = {line[6:] for solution in SOLUTIONS for line in solution.read_text().splitlines()
-                     if line.startswith("+++ b/")}  # fmt: skip
-    assert not [name for name in named if not (ROOT / name).exists() and name not in to_be_written]
