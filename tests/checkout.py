@@ -5,7 +5,17 @@ from pathlib import Path
 
 from tests.processes import ROOT
 
-_COPIED = ("engine.py", "processor.py", "frontend.py", "router.py", "common", "launch", "tests", "docs", "pyproject.toml")
+_COPIED = (
+    "engine.py",
+    "processor.py",
+    "frontend.py",
+    "router.py",
+    "common",
+    "launch",
+    "tests",
+    "docs",
+    "pyproject.toml",
+)
 _FAKE_ENGINE = """\
 import runpy, sys
 sys.argv[1:] = ["--token-ids", "1000,1001"]
