@@ -22,6 +22,9 @@ from launch.supervisor import Supervisor
 from tests.checkout import copy_checkout, use_fake_engine
 from tests.processes import ROOT, free_port, wait_until
 
+MAX_DELAY_S = 3.0
+"""From a save to the new process: 0.5 s where the machine has nothing else to do."""
+
 SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in COMPONENTS}
 
 
@@ -220,11 +223,11 @@ def test_the_real_frontend_and_processor_serve_what_was_saved(launched: tuple[Pa
     before = {name: process(name).pid for name in COMPONENTS}
     saved_at = edit(checkout / "common/page/live_page.html", "</body>", "<!-- saved --></body>")
     wait_until(lambda: shows("/", "<!-- saved -->"), 30, "the new page")
-    assert process("frontend").create_time() - saved_at < 1.5  # and it starts in as much
+    assert process("frontend").create_time() - saved_at < MAX_DELAY_S
 
     saved_at = edit(checkout / "processor.py", "(args.model_names,", '([*args.model_names, "saved"],')
     wait_until(lambda: shows("/v1/models", '"saved"'), 30, "the new processor")
-    assert process("processor").create_time() - saved_at < 1.5
+    assert process("processor").create_time() - saved_at < MAX_DELAY_S
 
     after = {name: process(name).pid for name in COMPONENTS}
     assert [name for name in COMPONENTS if after[name] == before[name]] == ["engine"]
