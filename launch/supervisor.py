@@ -95,7 +95,7 @@ class Supervisor:
         await asyncio.gather(*self._keepers)
 
     def restart(self, name: str) -> None:
-        """Ask a program to end, and start it again; one that was never started, not. No second SIGTERM: that is "now"."""
+        """Ask a program that was started to end, and start it again. Never a second SIGTERM: that would mean "now"."""
         if (process := self._processes.get(name)) and name not in self._restarting:
             self._restarting.add(name)
             process.terminate()

@@ -17,15 +17,15 @@ import pytest
 from launch import supervisor
 from launch.dev import Source, restart_on_save
 from launch.program import Program
-from launch.run import COMPONENTS
 from launch.supervisor import Supervisor
 from tests.checkout import copy_checkout, use_fake_engine
 from tests.processes import ROOT, free_port, wait_until
 
+COMPONENTS = ("engine", "processor", "frontend")
 MAX_DELAY_S = 3.0
 """From a save to the new process: 0.5 s where the machine has nothing else to do."""
 
-SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in COMPONENTS}
+SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in (*COMPONENTS, "router")}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,8 @@ SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in COMPONENTS}
         ("common/sglang/engine.py", {"engine"}),
         ("common/sglang/request_seeds.py", {"engine"}),  # imported within a function
         ("common/dynamo/failover.py", {"frontend", "processor"}),
-        ("common/wire.py", {"frontend", "processor", "engine"}),
+        ("common/routing/kv_index.py", {"router"}),
+        ("common/wire.py", {"frontend", "processor", "engine", "router"}),
         ("launch/run.py", set()),
         ("README.md", set()),
     ],
