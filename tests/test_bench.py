@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,8 +102,10 @@ def test_peers_run_untouched_by_our_sglang_plugins(tmp_path: Path, monkeypatch: 
             assert not plugins._are_on()
             assert not plugins.cpu_platform()
     scripts = [ROOT / word for child in started for word in child.command if word.endswith(".py")]
-    sources = [Source(script, ROOT) for script in (*scripts, ROOT / "bench" / "engine_alone.py")]
-    assert not [file for source in sources for file in source.files if "sglang" in str(file.relative_to(ROOT))]
+    sources = [Source(ROOT / "bench" / "engine_alone.py", ROOT), *(Source(each, each.parent) for each in scripts)]
+    theirs_too = [file.read_text() for source in sources for file in source.files]
+    assert len(theirs_too) > len(scripts)
+    assert not [text for text in theirs_too if re.search(r"^\s*(from|import) common\b", text, re.MULTILINE)]
 
 
 def test_schedulers_of_all_peers_share_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
