@@ -14,6 +14,8 @@ ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 _CHATTY = ("pipeline::network::egress", "pipeline::network::ingress", "component::client")
 # And at its end it says that it ends, as the last line of a script that has ended with an error.
 _INFO = ",".join(["info", "_core=warn", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
+# A reader that has left is an error to it. To us it is a request that was cancelled, and in a router how each one ends.
+_INFO += ",dynamo_runtime::pipeline::network::ingress::push_handler=off"
 
 _MAX_SYSTEM_PORT = 32767
 CPUS_VARIABLE = "DYN_CHAT_CPUS"

@@ -6,12 +6,14 @@ import http.client
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from launch.command import LaunchError, say
 from launch.first_question import ANSWER_TIMEOUT_S
 from launch.settings import LOOPBACK, Settings
 
-_TEXT = "The keeper climbs the stairs, lights the lamp, and writes down who came by: ships, birds, fog and rain. " * 24
+_TEXT = "The keeper climbs the stairs, lights the lamp, and writes down who came by: ships, birds, fog and rain. " * 60
 TURNS = (
     "I am writing about a {place}. Greet me in one sentence.",
     f"Here is what I have so far. {_TEXT} Praise it in one sentence.",
@@ -31,43 +33,64 @@ def show_conversations(settings: Settings, start_router: Callable[[], None]) -> 
     say("run: and the router knows which one it was\n")
 
 
-def _row(who: str, seconds: list[float]) -> str:
-    return f"run: {who:<32}" + "".join(f"{each:9.2f}" for each in seconds)
+def _row(who: str, turns: list[Turn]) -> str:
+    return f"run: {who:<32}" + "".join(f"{turn.first_token_s:9.2f}" for turn in turns) + turns[-1].found()
 
 
-def conversation(settings: Settings, place: str) -> list[float]:
-    """Seconds to the first token, of each turn."""
+@dataclass(frozen=True)
+class Turn:
+    """first_token_s: seconds until it came. usage: OpenAI's."""
+
+    first_token_s: float
+    text: str
+    usage: dict[str, Any]
+
+    def found(self) -> str:
+        """How much of the prompt was cached, where the engine tells."""
+        details = self.usage.get("prompt_tokens_details") or {}
+        if (num_cached := details.get("cached_tokens")) is None:
+            return ""
+        return f"   {num_cached} of {self.usage['prompt_tokens']} tokens cached"
+
+
+def conversation(settings: Settings, place: str) -> list[Turn]:
     messages: list[dict[str, str]] = []
-    seconds = []
-    for turn in TURNS:
-        messages.append({"role": "user", "content": turn.format(place=place)})
-        first_s, text = ask(settings, messages)
-        messages.append({"role": "assistant", "content": text})
-        seconds.append(first_s)
-    return seconds
+    turns = []
+    for question in TURNS:
+        messages.append({"role": "user", "content": question.format(place=place)})
+        turns.append(ask(settings, messages))
+        messages.append({"role": "assistant", "content": turns[-1].text})
+    return turns
 
 
-def ask(settings: Settings, messages: list[dict[str, str]]) -> tuple[float, str]:
-    """Seconds to the first token, and the whole answer, streamed.
+def ask(settings: Settings, messages: list[dict[str, str]]) -> Turn:
+    """One turn, streamed.
 
     Raises:
-        LaunchError: there is none.
+        LaunchError: it has no answer.
     """
-    body = {"model": settings.model, "messages": messages, "max_tokens": MAX_TOKENS, "stream": True}
+    body = {
+        "model": settings.model, "messages": messages, "max_tokens": MAX_TOKENS,
+        "stream": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
     connection = http.client.HTTPConnection(LOOPBACK, settings.http_port, timeout=ANSWER_TIMEOUT_S)
-    started_at, first_s, text = time.monotonic(), None, ""
+    started_at, first_token_s, text = time.monotonic(), None, ""
+    usage: dict[str, Any] = {}
     try:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         for line in connection.getresponse():
-            if line.startswith(b"data: {"):
-                choices = json.loads(line.removeprefix(b"data: ")).get("choices")
-                if content := choices and choices[0]["delta"].get("content"):
-                    first_s = first_s or time.monotonic() - started_at
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
+            usage = event.get("usage") or usage
+            for choice in event.get("choices", ()):
+                if content := choice["delta"].get("content"):
+                    first_token_s = first_token_s or time.monotonic() - started_at
                     text += content
     except (OSError, http.client.HTTPException) as error:
         raise LaunchError(f"the conversation failed: {error}") from error
     finally:
         connection.close()
-    if first_s is None:
+    if first_token_s is None:
         raise LaunchError("a turn of the conversation got no answer")
-    return first_s, text
+    return Turn(first_token_s, text, usage)

@@ -23,7 +23,7 @@ ANSWER_TIMEOUT_S = 0.05
 _NUM_LOOKS = 5
 REST_S = 0.5  # of a router that has answered nobody for SILENCE_S
 SILENCE_S = 0.25
-_CLOSING_TIMEOUT_S = 1.0
+_ENDING_TIMEOUT_S = 1.0
 
 
 class AskRouter:
@@ -39,11 +39,11 @@ class AskRouter:
         self._resting: dict[int, float] = {}  # until when
         self._heard_s = -SILENCE_S  # any answer
         self._is_announced = False  # that one is silent
-        self._closing: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def __call__(self, request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[Chosen]:
-        booking = _Booking(self._client)
+        booking = _Booking()
         try:
             chosen = await self._ask(booking, request, instance_ids)
             if chosen is not None:
@@ -52,10 +52,10 @@ class AskRouter:
                 async with self._without(request, instance_ids) as chosen:
                     yield chosen
         finally:
-            if booking.is_open:
-                task = asyncio.create_task(booking.close())
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+            if booking.context is not None:
+                ending = asyncio.create_task(booking.end(booking.context))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
 
     async def _ask(self, booking: "_Booking", request: dict[str, Any], instance_ids: Sequence[int]) -> Chosen | None:
         """None where nobody answers, or names none of these."""
@@ -67,7 +67,7 @@ class AskRouter:
             while (router_id := await self._router()) is not None:
                 started_s = time.monotonic()
                 try:
-                    found = await within_loop_time(booking.ask(router_id, question))
+                    found = await within_loop_time(self._ask_one(router_id, question, booking))
                 except TimeoutError as error:
                     if time.monotonic() - self._heard_s > SILENCE_S:  # otherwise it is only slow
                         self._rest(router_id, error)
@@ -79,6 +79,11 @@ class AskRouter:
                 route = RouteTrace(f"{router_id:x}", round((self._heard_s - started_s) * 1e6), found.num_cached_tokens)
                 return Chosen(found.worker_id, route) if found.worker_id in instance_ids else None
         return None
+
+    async def _ask_one(self, router_id: int, question: dict[str, Any], booking: "_Booking") -> WorkerFound:
+        booking.context = Context()
+        booking.stream = stream = await self._client.direct(question, router_id, booking.context)
+        return msgspec.convert((await anext(stream)).data(), WorkerFound)
 
     async def _router(self) -> int | None:
         now = time.monotonic()
@@ -94,30 +99,18 @@ class AskRouter:
 
 
 class _Booking:
-    """A question's answer, whose stream stays open for as long as the attempt, and with it the router's booking."""
+    """The open stream of a router's answer. When it is stopped, the booking there ends."""
 
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._context: Context | None = None
-        self._stream: AsyncIterator[Any] | None = None
+    context: Context | None = None
+    stream: AsyncIterator[Any] | None = None
 
-    @property
-    def is_open(self) -> bool:
-        return self._context is not None
-
-    async def ask(self, router_id: int, question: dict[str, Any]) -> WorkerFound:
-        self._context = Context()
-        self._stream = await self._client.direct(question, router_id, self._context)
-        return msgspec.convert((await anext(self._stream)).data(), WorkerFound)
-
-    async def close(self) -> None:
-        """Read what is left: nothing; but dropping the stream would be an error in the router's log."""
-        assert self._context is not None
-        self._context.stop_generating()
-        if self._stream is not None:
+    async def end(self, context: Context) -> None:
+        """Stop it, and hold it until the router has heard: one that is dropped at once may stay booked."""
+        context.stop_generating()
+        if self.stream is not None:
             with suppress(Exception):
-                async with asyncio.timeout(_CLOSING_TIMEOUT_S):
-                    async for _ in self._stream:
+                async with asyncio.timeout(_ENDING_TIMEOUT_S):
+                    async for _ in self.stream:
                         pass
 
 
