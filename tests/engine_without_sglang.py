@@ -21,6 +21,7 @@ class CountingEngine:
     """Answers like SGLang, with all tokens so far in each item: 1000, 1001, 1002, ..."""
 
     description = EngineDescription("counting", context_length=8192, vocab_size=49152)
+    cache_events = None
 
     async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Output, None]:
         num_tokens = request.stop_conditions.max_tokens or 16

@@ -144,12 +144,14 @@ class FakeEngine:
         engine_request: EngineRequest = read_engine_request(request)
         token_ids, finish_reason = self.answer_to(engine_request)
         await asyncio.sleep(args.first_token_ms / 1000)
+        end: dict[str, Any] = {"finish_reason": finish_reason}
         if self.cache is not None:
             num_cached = await self.cache.compute(engine_request.token_ids)
             logger.info("cached %d of %d", num_cached, len(engine_request.token_ids))
+            end["cached_tokens"] = num_cached
         if args.whole and not engine_request.output_options.stream:
             await asyncio.sleep(args.token_interval_ms * len(token_ids) / 1000)
-            yield with_logprobs(token_ids, engine_request.output_options.logprobs) | {"finish_reason": finish_reason}
+            yield with_logprobs(token_ids, engine_request.output_options.logprobs) | end
             return
         for at in range(0, len(token_ids), args.tokens_per_chunk):
             if context.is_stopped():
@@ -158,7 +160,7 @@ class FakeEngine:
             yield with_logprobs(new, engine_request.output_options.logprobs)
             if args.token_interval_ms:
                 await asyncio.sleep(args.token_interval_ms * len(new) / 1000)
-        yield {"finish_reason": finish_reason}
+        yield end
 
     def answer_to(self, request: EngineRequest) -> tuple[list[int], str]:
         """All tokens of an answer, and why it ends."""

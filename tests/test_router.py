@@ -221,6 +221,8 @@ def test_make_run_shows_a_conversation_without_and_with_a_router(
     show_conversations(Settings.from_environ(environ), start_router)
     shown = capsys.readouterr().out
     assert re.search(r"^run: engines take turns +(\d+\.\d\d *){3}", shown, re.MULTILINE)
+    by_turns, routed_ones = [int(num) for num in re.findall(r"(\d+) of \d+ tokens cached$", shown, re.MULTILINE)]
+    assert routed_ones > by_turns + 1000
     assert re.search(r"^run: a router chooses +(\d+\.\d\d *){3}", shown, re.MULTILINE)
 
 

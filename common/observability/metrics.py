@@ -48,11 +48,12 @@ class Metrics:
         )  # fmt: skip
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.").labels(component)
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.").labels(component)
+        if component in ("engine", "router"):
+            self.cached_prompt_tokens = self._counter(
+                "cached_prompt_tokens", "Tokens of prompts that were cached; in a router, at the chosen workers."
+            ).labels(component)
         if component == "router":
             self._decisions = self._counter("routing_decisions", "Prompts that a worker was chosen for.", "worker")
-            self._cached_prompt_tokens = self._counter(
-                "cached_prompt_tokens", "Tokens of prompts that the chosen workers had cached."
-            ).labels(component)
             self._decision_time = self._histogram(
                 "routing_decision_seconds", "How long a worker was chosen for.", _DECISION_BUCKETS
             )
@@ -91,7 +92,7 @@ class Metrics:
     def decided(self, worker_id: int, num_cached_tokens: int, duration_s: float) -> None:
         """A router has chosen."""
         self._decisions.labels(self.component, f"{worker_id:x}").inc()
-        self._cached_prompt_tokens.inc(num_cached_tokens)
+        self.cached_prompt_tokens.inc(num_cached_tokens)
         self._decision_time.observe(duration_s)
 
     def calls_of(self, endpoint: str, num_instances: Callable[[], int]) -> "CallMetrics":

@@ -131,6 +131,8 @@ class RequestRecord:
             return
         if isinstance(chunk, EngineChunk):
             self._tokens.add(len(chunk.token_ids))
+            if chunk.cached_tokens:
+                self.metrics.cached_prompt_tokens.inc(chunk.cached_tokens)
         if chunk.finish_reason is not None and (isinstance(chunk, EngineChunk) or chunk.usage is not None):
             self.finish(chunk.finish_reason)
         if self.path is not None:
