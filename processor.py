@@ -55,7 +55,7 @@ class RequestHandler:
             await self.engines.check_constraining(request.answer_schema_param.partition(".")[0])
         limits = await self.engines.limits()
         token_ids = await self.tokenizer.encode_chat(
-            request.messages, limits, request.usable_tools, request.chat_template_kwargs
+            request.messages, limits, request.usable_tools, request.template_options
         )
         context.record.num_prompt_tokens = len(token_ids)
         max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)

@@ -56,6 +56,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None]] = [
         "response_format.json_schema.schema",
     ),
     ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"reasoning_effort": 3}, "reasoning_effort"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs.messages"),
     ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
     ({"chat_template_kwargs": {"style": "x" * 257}}, "chat_template_kwargs.style"),

@@ -308,18 +308,22 @@ def test_a_prompt_that_must_be_too_long_is_not_tokenized(monkeypatch: pytest.Mon
 
 THINKING_TEMPLATE = """\
 {% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}
-{%- if style is defined %}<|im_start|>{{ style }}{% endif %}{% if enable_thinking is false %}no thoughts{% endif %}"""
+{%- if style is defined %}<|im_start|>{{ style }}{% endif %}{% if enable_thinking is false %}no thoughts{% endif %}
+{%- if reasoning_effort is defined %}effort: {{ reasoning_effort }}{% endif %}"""
 
 
 def test_a_template_is_given_what_the_client_has_for_it() -> None:
     tokenizer = with_template(THINKING_TEMPLATE)
 
-    def text(**kwargs: Any) -> str:
-        token_ids = asyncio.run(tokenizer.encode_chat(messages_of("Hi!"), LIMITS, options=kwargs))
+    def text(reasoning_effort: str | None = None, **kwargs: Any) -> str:
+        asked = {"model": "m", "messages": [{"role": "user", "content": "Hi!"}], "chat_template_kwargs": kwargs}
+        chat = parse_chat_request(asked | {"reasoning_effort": reasoning_effort})
+        token_ids = asyncio.run(tokenizer.encode_chat(chat.messages, LIMITS, options=chat.template_options))
         return tokenizer.backend.decode(token_ids, skip_special_tokens=False)
 
     assert text() == text(unknown=1) == "<|im_start|>Hi!<|im_end|>"
     assert text(enable_thinking=False) == "<|im_start|>Hi!<|im_end|>no thoughts"
+    assert text("low") == "<|im_start|>Hi!<|im_end|>effort: low"
     assert text(style="brief") == "<|im_start|>Hi!<|im_end|><|im_start|>brief"
 
 

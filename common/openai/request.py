@@ -112,7 +112,6 @@ NO_OPS: dict[str, Any] = {
     "store": IGNORED,
     "verbosity": IGNORED,
     "prediction": IGNORED,
-    "reasoning_effort": IGNORED,
     "service_tier": IGNORED,
     "prompt_cache_key": IGNORED,
     "prompt_cache_options": IGNORED,
@@ -226,6 +225,9 @@ class ChatCompletionRequest(StrictModel):
         max_length=MAX_TEMPLATE_VALUES,
         description="For the chat template. Names of what it is given anyway are a 400.",
     )
+    reasoning_effort: str | None = Field(
+        None, max_length=MAX_TEMPLATE_CHARACTERS, description="For chat templates that take it; others ignore it."
+    )
     nvext: DynamoExtension | None = None
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     logprobs: bool = False
@@ -286,6 +288,12 @@ class ChatCompletionRequest(StrictModel):
     @property
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """What the chat template is given beside messages and tools."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | self.chat_template_kwargs
 
     @property
     def is_eos_ignored(self) -> bool:
