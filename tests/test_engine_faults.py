@@ -64,8 +64,8 @@ def patient(pipeline: Pipeline) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def resumed(patient: Pipeline, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
-    """The engine's next life logs its batch at each step, takes two requests and one more in its queue, and has a short
-    lease.
+    """The engine's next life logs its batch at each step, takes two requests and one more in its queue, tells routers
+    what it has cached, and has a short lease.
     """
     engine = patient.processes[2]
     others = [process.pid for process in patient.processes if process is not engine]
@@ -83,7 +83,7 @@ def resumed(patient: Pipeline, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
                     engine.command = [
                         *(*engine.command, "--log-level", "info", "--decode-log-interval", "1"),
                         *("--max-total-tokens", str(MAX_TOTAL_TOKENS)),
-                        *("--max-running-requests", "2", "--max-queued-requests", "1"),
+                        *("--max-running-requests", "2", "--max-queued-requests", "1", "--kv-events"),
                     ]
                     engine.env = {**engine.env, **SHORT_LEASE, "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
                     engine.start()
@@ -227,9 +227,29 @@ def test_an_abandoned_request_leaves_the_batch_within_a_second(watched: Pipeline
     assert "aborted" not in outcomes(engine)
 
 
-def test_an_engine_writes_no_rendezvous_to_disk(watched: Pipeline) -> None:
+def test_an_engine_writes_no_rendezvous_to_disk_and_no_socket_of_ours(watched: Pipeline) -> None:
     folder = Path(str(watched.processes[2].env["TMPDIR"]))
-    assert not [path.name for path in folder.iterdir() if "rendezvous" in path.name]
+    assert not [path.name for path in folder.iterdir() if "rendezvous" in path.name or "kv-events" in path.name]
+
+
+def test_a_router_that_comes_late_knows_what_the_engine_has_cached(watched: Pipeline) -> None:
+    """The page size is 1, and the router's blocks have 16 tokens."""
+    prompt = [{"role": "user", "content": "What does a lighthouse keeper write down, and for whom? " * 8}]
+    num_tokens = ask(watched, messages=prompt).json()["usage"]["prompt_tokens"]
+    router = watched.router()
+    try:
+        wait_until(lambda: "serving inference/router/find_worker" in router.log, 30, "a router")
+
+        def num_cached() -> int:
+            body = STORY | {"messages": prompt, "max_tokens": 1}
+            answer = httpx.post(f"{watched.url}/v1/chat/completions", json=body, headers={"x-show-path": "1"}).json()
+            (engine_call,) = answer["path"]["calls"][0]["stage"]["calls"]
+            return int(engine_call.get("route", {}).get("num_cached_tokens", 0))
+
+        wait_until(lambda: num_cached() == num_tokens // 16 * 16, 10, "the prompt to be known")
+    finally:
+        router.stop()
+        watched.processes.remove(router)
 
 
 @pytest.mark.parametrize("outage_s", [6, pytest.param(60, marks=pytest.mark.long)])

@@ -264,7 +264,7 @@ def test_an_engine_that_was_killed_is_not_chosen_again(routed: Routed) -> None:
     worker_id = key.rsplit("/", 1)[1]
 
     async def harm() -> float:
-        load = asyncio.create_task(under_load(routed, 9))
+        load = asyncio.create_task(under_load(routed, 6))
         await asyncio.to_thread(wait_until, lambda: routed.num_chosen().get(worker_id, 0) > 5, 5, "its turn")
         engine.kill()
         await asyncio.sleep(1)
