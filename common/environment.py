@@ -12,8 +12,9 @@ ETCD_TLS = ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
 
 # At "info" the runtime writes two or three lines per request. One line of ours says more, so those stay quiet.
 _CHATTY = ("pipeline::network::egress", "pipeline::network::ingress", "component::client")
-# And at its end it says that it ends, as the last line of a script that has ended with an error.
-_INFO = ",".join(["info", "_core=warn", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
+# Its Python module says at the start that it has threads of its own, as `releases.open_runtime` wants it, and at the
+# end that it ends, as the last line of a script that has ended with an error.
+_INFO = ",".join(["info", "_core=error", *(f"dynamo_runtime::{module}=warn" for module in _CHATTY)])
 # A reader that has left is an error to it. To us it is a request that was cancelled, and in a router how each one ends.
 _INFO += ",dynamo_runtime::pipeline::network::ingress::push_handler=off"
 

@@ -85,7 +85,7 @@ async def etcd_away(infra: Infra) -> dict[str, Any]:
     async def handler(request: Any, context: Any) -> Items:
         yield {}
 
-    runtime = releases.open_runtime(asyncio.get_running_loop())
+    runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
     await until(infra.instance_keys)
@@ -96,7 +96,7 @@ async def etcd_away(infra: Infra) -> dict[str, Any]:
     await until(served.done)
     found: dict[str, Any] = {"ends at once": time.monotonic() - started < 5}
     try:
-        await asyncio.to_thread(releases.open_runtime, asyncio.get_running_loop())
+        await releases.open_runtime()
     except Exception as error:
         found["another runtime"] = str(error)
     else:
@@ -126,7 +126,7 @@ async def calls(infra: Infra) -> dict[str, Any]:
             yield {"number": number}
             await asyncio.sleep(0.05)
 
-    runtime = releases.open_runtime(asyncio.get_running_loop())
+    runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
     client = await endpoint.client()
@@ -177,7 +177,7 @@ async def killed(infra: Infra) -> dict[str, Any]:
 
     scripts = Pipeline(infra, infra.folder)
     engine = scripts.fake_engine("--token-interval-ms", "20")
-    runtime = releases.open_runtime(asyncio.get_running_loop())
+    runtime = await releases.open_runtime()
     client = await (await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)).client()
     await until(client.instance_ids)
     (instance_id,) = client.instance_ids()
@@ -197,12 +197,46 @@ async def killed(infra: Infra) -> dict[str, Any]:
     return {"midway": await meaning(3), "afterwards": await meaning()}
 
 
+async def opened(infra: Infra) -> dict[str, Any]:
+    """How long does it take to open an endpoint while streams are read, as a process does that connects anew?"""
+    from common.dynamo import releases
+
+    async def handler(request: dict[str, Any], context: Any) -> Items:
+        for number in range(5):
+            yield {"number": number}
+
+    runtime = await releases.open_runtime()
+    endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
+    served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
+    client = await endpoint.client()
+    await until(client.instance_ids)
+    is_over = asyncio.Event()
+
+    async def read() -> None:
+        while not is_over.is_set():
+            async for _ in await client.direct({}, client.instance_ids()[0], context=releases.Context()):
+                pass
+
+    reading = [asyncio.create_task(read()) for _ in range(16)]
+    longest_s = 0.0
+    for _ in range(300):
+        await asyncio.sleep(0.002)
+        started = time.monotonic()
+        await releases.open_endpoint(runtime, "inference", "processor", "process", serve=False)
+        longest_s = max(longest_s, time.monotonic() - started)
+    is_over.set()
+    await asyncio.gather(*reading)
+    runtime.shutdown()
+    await served
+    return {"longest_s": longest_s}
+
+
 STALLED_READER = """
 import asyncio
 from common.dynamo import releases
 
 async def read():
-    runtime = releases.open_runtime(asyncio.get_running_loop())
+    runtime = await releases.open_runtime()
     client = await (await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)).client()
     await client.wait_for_instances()
     stream = await client.direct({"size": 3000, "pause_s": 0.002}, client.instance_ids()[0])
@@ -229,7 +263,7 @@ async def stalled(infra: Infra) -> dict[str, Any]:
             yield {"token_ids": [1] * request["size"]}
             await asyncio.sleep(request["pause_s"])
 
-    runtime = releases.open_runtime(asyncio.get_running_loop())
+    runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(Serving(handler, Connection()).answer))
     client = await endpoint.client()
@@ -275,6 +309,5 @@ async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(
-        main({q.__name__: q for q in (vocabulary, registration, etcd_away, calls, killed, stalled)}[sys.argv[1]])
-    )
+    questions = (vocabulary, registration, etcd_away, calls, killed, opened, stalled)
+    uvloop.run(main({question.__name__: question for question in questions}[sys.argv[1]]))

@@ -84,6 +84,10 @@ def test_a_reader_that_stands_still_holds_up_no_other_stream() -> None:
     assert found["longest_pause_s"] < 0.2
 
 
+def test_an_endpoint_is_opened_at_once_while_streams_are_read() -> None:
+    assert ask("opened")[0]["longest_s"] < 1
+
+
 def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(own_scripts: Pipeline) -> None:
     engine = own_scripts.fake_engine("--token-interval-ms", "50")
     own_scripts.wait_ready()

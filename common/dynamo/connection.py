@@ -67,7 +67,7 @@ class Connection:
         await wait_for_servers(STARTUP_TIMEOUT_S)
         await check_access()
         try:
-            self.raw = await asyncio.to_thread(releases.open_runtime, asyncio.get_running_loop())
+            self.raw = await releases.open_runtime()
         except Exception as error:
             raise ServersMissing(
                 f"etcd or NATS refused the connection: {error}. Look at ETCD_ENDPOINTS, ETCD_AUTH_*, NATS_SERVER "

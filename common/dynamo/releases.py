@@ -67,13 +67,31 @@ def configure_dynamo_logging() -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
-@pem_texts()
-def open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
-    """Connect to etcd and NATS. Blocks the calling thread; call it off the loop.
+async def open_runtime() -> Any:
+    """Connect to etcd and NATS.
 
     Raises:
         Exception: what the runtime raises when a server refuses or cannot be reached.
     """
+    if not _HAS_COMPONENTS:
+        await _keep_threads_apart()
+    return await asyncio.to_thread(_open_runtime, asyncio.get_running_loop())
+
+
+async def _keep_threads_apart() -> None:
+    """Have Dynamo call Python from other threads than those that do its own work, as 1.4 does by itself.
+
+    For 1.6 they are the same ones, unless something of it was awaited before the first runtime is opened. Then a
+    process can hang: `endpoint()` waits for one of these threads and keeps the interpreter lock meanwhile, and while
+    streams are read all of them may be waiting for that lock.
+    """
+    context = Context()
+    context.stop_generating()
+    await context.async_killed_or_stopped()
+
+
+@pem_texts()
+def _open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
     if not _HAS_COMPONENTS:
         return DistributedRuntime(loop, "etcd", "nats")
     return DistributedRuntime(loop, "etcd", False) if _TAKES_A_STORE else DistributedRuntime(loop, False)
