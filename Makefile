@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run dev chapter-1 status test test-long test-quick test-page test-chapter test-hosts soak bench check lock clean
+.PHONY: help setup model infra run dev chapter-1 status test test-long test-quick test-page test-chapter test-dynamo test-hosts soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python. Where each is, or nothing.
 PYTHON_CANDIDATES ?= $(or $(PYTHON),python3.11 python3.12 python3)
@@ -34,6 +34,7 @@ help:
 	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'
 	@echo 'make bench       how fast it is without a model, beside two others: ten minutes; BENCH_ARGS="..." for more'
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
+	@echo 'make test-dynamo VERSION=1.6.1  the same on another release of Dynamo'
 	@echo 'make test-hosts  the tests on several hosts (network namespaces, as root), which are a part of make test'
 	@echo 'make check       ruff and mypy'
 	@echo 'make check-exercise-1  what you wrote for an exercise of docs/exercises; also -2 to -5'
@@ -128,6 +129,18 @@ CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py c
 test-chapter: model .venv-chapter/installed
 	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
 
+# Any other release, in an environment like that one, which nothing locks.
+VERSION ?= 1.6.1
+
+.venv-dynamo-%/installed: requirements-chapter.in | setup
+	@$(VENV_PYTHON) -m uv venv --quiet --no-config --clear --python $(VENV_PYTHON) $(@D)
+	@sed 's/^ai-dynamo-runtime==.*/ai-dynamo-runtime==$*/' $< | \
+	$(VENV_PYTHON) -m uv pip install --quiet --python $(@D)/bin/python -r -
+	@touch $@
+
+test-dynamo: model .venv-dynamo-$(VERSION)/installed
+	@.venv-dynamo-$(VERSION)/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
+
 test-hosts: model
 	@$(VENV_PYTHON) -m pytest -m hosts
 
@@ -154,6 +167,6 @@ lock: setup
 	@echo 'lock: requirements.txt and requirements-chapter.txt written; `make setup` and `make test-chapter` install them'
 
 clean:
-	rm -rf .uv .venv .venv-chapter models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .uv .venv .venv-* models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
 	.schemathesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
