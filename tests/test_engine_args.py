@@ -9,6 +9,7 @@ import pytest
 
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
 from common.sglang.model_lookup import look_up_model
+from tests.processes import ROOT
 from tests.sglang_probe import probe
 
 
@@ -160,3 +161,11 @@ def test_processes_meet_in_a_file_that_no_folder_has(
 def test_several_nodes_or_replicas_keep_their_addresses(replicas: Replicas, environment: dict[str, str]) -> None:
     keep_ports_local(replicas)  # type: ignore[arg-type]
     assert not {"SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", "GLOO_SOCKET_IFNAME"} & set(environment)
+
+
+def test_an_engine_that_tells_nobody_of_its_cache_needs_nothing_for_it() -> None:
+    """The oldest Dynamo releases have no such index."""
+    code = "import engine, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert "common.sglang.engine" in modules.stdout
+    assert {"common.sglang.cache_events", "common.routing.kv_blocks", "zmq"}.isdisjoint(modules.stdout.split())

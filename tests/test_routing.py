@@ -15,6 +15,7 @@ import pytest
 
 from common.dynamo.failover import Chosen
 from common.dynamo.runtime import Client, Context
+from common.routing import cached_blocks, kv_index
 from common.routing.ask_router import AskRouter, within_loop_time
 from common.routing.cached_blocks import CachedBlocks
 from common.routing.load import Booking, WorkerLoad
@@ -55,15 +56,72 @@ def test_a_late_router_is_told_what_is_cached_whatever_the_size_of_a_page(page_s
     assert told.has(7, [*token_ids[:100], 5, *token_ids[100:]]) == 100 // KV_BLOCK_SIZE
 
 
-def test_branches_of_a_conversation_share_their_beginning() -> None:
+@pytest.mark.parametrize("page_size", [1, 24, 64])
+def test_branches_of_a_conversation_share_their_beginning_until_both_are_gone(page_size: int) -> None:
     cached, told = CachedBlocks(), Told()
-    common = list(range(40))  # ends within a block
-    one, other = [*common, *range(100, 160)], [*common, *range(200, 260)]
-    store(cached, one, 1)
-    store(cached, other, 1)
+    common = list(range(40))  # ends within a block, and within a page
+    one, other = [*common, *range(100, 252)], [*common, *range(300, 452)]
+
+    async def listen() -> None:
+        async with aclosing(cached.events({}, Context())) as stream:
+            told.tell(7, await anext(stream))
+            store(cached, one, page_size)
+            told.tell(7, await anext(stream))
+            store(cached, other, page_size)
+            told.tell(7, await anext(stream))
+            assert (told.has(7, one), told.has(7, other), told.has(7, [*common, 9, 9, 9])) == (12, 12, 2)
+            cached.remove([page for page in pages(one, page_size)[::-1] if page not in pages(other, page_size)])
+            cached.publish()
+            told.tell(7, await anext(stream))
+            assert (told.has(7, one), told.has(7, other)) == (2, 12)
+            cached.clear()
+            cached.publish()
+            told.tell(7, await anext(stream))
+            assert told.has(7, other) == 0
+
+    asyncio.run(listen())
     (snapshot,) = asyncio.run(first_messages(cached, 1))
-    told.tell(7, snapshot)
-    assert (told.has(7, one), told.has(7, other), told.has(7, [*common, 9, 9, 9])) == (6, 6, 2)
+    assert snapshot == {"events": []}
+
+
+def test_a_router_that_is_too_many_blocks_behind_hears_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_blocks, "MAX_BEHIND", 30)
+
+    async def listen() -> list[int]:
+        cached = CachedBlocks()
+        async with aclosing(cached.events({}, Context())) as stream:
+            assert await anext(stream) == {"events": []}
+            for number in range(2):  # 64 blocks are many, for one who has heard of all before them
+                store(cached, prompt(number, 1024), 16)
+                assert len((await anext(stream))["events"]) == 1
+            for number in range(2, 4):
+                store(cached, prompt(number, 1024), 16)
+            return [1 async for _ in stream]
+
+    assert asyncio.run(asyncio.wait_for(listen(), 5)) == []
+
+
+def test_an_index_that_was_built_anew_knows_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_index, "MAX_REMOVED", 40)
+    told = Told()
+    tree = told.index._tree
+    common, rests = prompt(1, 320), [prompt(number, 320) for number in range(2, 6)]
+
+    async def listen(worker_id: int) -> None:
+        cached = CachedBlocks()
+        async with aclosing(cached.events({}, Context())) as stream:
+            for rest in rests:
+                store(cached, [*common, *rest], 16)
+            told.tell(worker_id, await anext(stream))
+            cached.remove([*pages([*common, *rests[0]], 16)[:19:-1], *pages([*common, *rests[1]], 16)[:19:-1]])
+            cached.publish()
+            told.tell(worker_id, await anext(stream))
+
+    asyncio.run(listen(7))
+    assert told.index._tree is tree
+    asyncio.run(listen(8))
+    assert told.index._tree is not tree
+    assert [[told.has(each, [*common, *rest]) for rest in rests] for each in (7, 8)] == [[20, 20, 40, 40]] * 2
 
 
 def test_changes_follow_what_was_cached_and_pages_that_go_take_their_blocks_along() -> None:

@@ -1,10 +1,11 @@
 """What an engine has cached, in blocks of KV_BLOCK_SIZE tokens, and the endpoint that tells routers of it.
 
 Engines cache in pages of their own size: 1 on a CPU, more on a GPU. A block is complete with the page that has its last
-token, and goes with it.
+token, and goes with it; where several pages complete it, because they branch within it, with the last of them.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from common.routing.kv_blocks import block_hashes
 from common.wire import KV_BLOCK_SIZE, BlocksRemoved, BlocksStored, KvBlock, KvEvent, KvEvents, to_wire
 
 MAX_EVENTS = 64  # in one dict, of what is cached now
-MAX_BEHIND = 10_000  # dicts; a router that is slower begins anew
+MAX_BEHIND = 100_000  # blocks; a router that has yet to hear of more than these begins anew
 
 
 class _Page(NamedTuple):
@@ -34,8 +35,9 @@ class CachedBlocks:
     def __init__(self) -> None:
         self._pages: dict[int, _Page] = {}
         self._blocks: dict[int, tuple[int | None, KvBlock]] = {}  # with the hash of the parent, which is further up
+        self._num_pages: Counter[int] = Counter()  # that complete a block
         self._changes: list[KvEvent] = []
-        self._listeners: set[asyncio.Queue[dict[str, Any] | None]] = set()
+        self._listeners: set[_Listener] = set()
 
     def store(self, page_hash: int, parent_hash: int | None, token_ids: Sequence[int]) -> None:
         """A page of tokens that follows another one; None: that begins a sequence."""
@@ -45,18 +47,25 @@ class CachedBlocks:
         completed, last_block, rest = [], parent.last_block, [*parent.rest, *token_ids]
         while len(rest) >= KV_BLOCK_SIZE:
             block, rest = _block_of(last_block, rest[:KV_BLOCK_SIZE]), rest[KV_BLOCK_SIZE:]
-            self._blocks[block.block_hash] = (last_block, block)
-            _append(self._changes, last_block, block)
+            self._num_pages[block.block_hash] += 1
+            if self._num_pages[block.block_hash] == 1:
+                self._blocks[block.block_hash] = (last_block, block)
+                _append(self._changes, last_block, block)
             last_block = block.block_hash
             completed.append(last_block)
         self._pages[page_hash] = _Page(completed, last_block, rest)
 
     def remove(self, page_hashes: Sequence[int]) -> None:
         pages = [self._pages.pop(page_hash) for page_hash in page_hashes if page_hash in self._pages]
-        if removed := [block_hash for page in pages for block_hash in page.completed]:
+        if removed := [each for page in pages for each in page.completed if self._is_last_page_of(each)]:
             for block_hash in removed:
-                self._blocks.pop(block_hash, None)
+                del self._blocks[block_hash], self._num_pages[block_hash]
             self._changes.append(KvEvent(removed=BlocksRemoved(removed)))
+
+    def _is_last_page_of(self, block_hash: int) -> bool:
+        """Of those that complete it; one goes."""
+        self._num_pages[block_hash] -= 1
+        return self._num_pages[block_hash] == 0
 
     def clear(self) -> None:
         self.remove(list(self._pages))
@@ -65,21 +74,26 @@ class CachedBlocks:
         """Tell everybody who listens of the changes since the last time."""
         if self._changes and self._listeners:
             message = to_wire(KvEvents(self._changes))
+            num_blocks = sum(_num_blocks(event) for event in self._changes)
             for listener in list(self._listeners):
-                listener.put_nowait(message)
-                if listener.qsize() > MAX_BEHIND:
-                    self._listeners.discard(listener)
-                    listener.put_nowait(None)
+                if listener.num_behind > MAX_BEHIND:
+                    self._cut_off(listener)
+                else:
+                    listener.put(message, num_blocks)
         self._changes = []
+
+    def _cut_off(self, listener: "_Listener") -> None:
+        self._listeners.discard(listener)
+        listener.end()
 
     async def events(self, _request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
         """`KvEvents` as dicts: those that make up what is cached now, and then each change."""
-        listener: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        listener = _Listener()
         for cached_now in self._snapshot():
-            listener.put_nowait(cached_now)
+            listener.put(cached_now, 0)
         self._listeners.add(listener)
         try:
-            with when_stopped(context, lambda: listener.put_nowait(None)):
+            with when_stopped(context, listener.end):
                 while (message := await listener.get()) is not None:
                     yield message
         finally:
@@ -91,6 +105,35 @@ class CachedBlocks:
         for parent_hash, block in self._blocks.values():
             _append(events, parent_hash, block)
         return [to_wire(KvEvents(events[at : at + MAX_EVENTS])) for at in range(0, max(1, len(events)), MAX_EVENTS)]
+
+
+class _Listener:
+    """What a router has yet to hear. num_behind: blocks of it that have changed since it began."""
+
+    def __init__(self) -> None:
+        self.num_behind = 0
+        self._messages: asyncio.Queue[tuple[dict[str, Any] | None, int]] = asyncio.Queue()
+
+    def put(self, message: dict[str, Any], num_blocks: int) -> None:
+        self.num_behind += num_blocks
+        self._messages.put_nowait((message, num_blocks))
+
+    async def get(self) -> dict[str, Any] | None:
+        """None: there is no more."""
+        message, num_blocks = await self._messages.get()
+        self.num_behind -= num_blocks
+        return message
+
+    def end(self) -> None:
+        """It hears no more, nor of what waits."""
+        while not self._messages.empty():
+            self._messages.get_nowait()
+        self._messages.put_nowait((None, 0))
+
+
+def _num_blocks(event: KvEvent) -> int:
+    num_removed = len(event.removed.block_hashes) if event.removed is not None else 0
+    return num_removed + (len(event.stored.blocks) if event.stored is not None else 0)
 
 
 def _block_of(parent_hash: int | None, token_ids: list[int]) -> KvBlock:

@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from common.dynamo.context import RequestContext, when_stopped
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sampling import sglang_sampling_params
-from common.sglang.cache_events import CacheEvents
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
 from common.sglang.stream_pace import Output, StreamPace
 from common.text.tokenizer_identity import tokenizer_sha256
@@ -22,6 +21,8 @@ from common.wire import EngineChunk, EngineDescription, EngineRequest
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
+
+    from common.sglang.cache_events import CacheEvents
 
 
 # What a client called the schema of an answer, and how SGLang begins to say that it has no grammar for it.
@@ -44,7 +45,7 @@ class SGLangEngine:
         self._tokenizer_manager = self._engine.tokenizer_manager
         self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
-        self.cache_events = CacheEvents.of(server_args)
+        self.cache_events = _cache_events(server_args)
         model_config = self._tokenizer_manager.model_config
         tokenizer_id = tokenizer_sha256(server_args.tokenizer_path or server_args.model_path, server_args.revision)
         self.description = EngineDescription(
@@ -126,6 +127,15 @@ class SGLangEngine:
 
     def _abort(self, rid: str) -> None:
         self._tokenizer_manager.abort_request(rid=rid)
+
+
+def _cache_events(server_args: "ServerArgs") -> "CacheEvents | None":
+    """None where nobody asked for them: they need more of Dynamo than its oldest releases have."""
+    if not server_args.kv_events_config:
+        return None
+    from common.sglang.cache_events import CacheEvents
+
+    return CacheEvents.of(server_args)
 
 
 def _sigterm_as_sigint() -> type:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from common.sglang.cache_events import kv_events_config
 from common.sglang.model_lookup import look_up_model
 from common.sglang.plugins import switch_on
 
@@ -92,6 +91,8 @@ def parse_engine_args(argv: Sequence[str]) -> "ServerArgs":
     if arguments.kv_events:
         if arguments.kv_events_config:
             _exit("--kv-events and --kv-events-config: only one of them can be told what is cached")
+        from common.sglang.cache_events import kv_events_config
+
         arguments.kv_events_config = kv_events_config()
     try:
         return ServerArgs.from_cli_args(arguments)
