@@ -69,6 +69,9 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "type": "object", "required": ["default", "enum", "$ref"],
         "properties": {"default": {"type": "string"}, "enum": {"type": "null"}, "$ref": {"type": "null"}},
     },
+    "a long description of a property called as a keyword is": {
+        "type": "object", "properties": {"enum": {"description": "x" * 2000, "type": "string"}},
+    },
     "examples that look like schemas": {"type": "object", "default": {"$ref": "#/nowhere"}},
     "escaped names": {"$defs": {"a/b~c d": {"type": "null"}}, "$ref": "#/$defs/a~1b~0c%20d"},
     "a long chain of references": {
@@ -112,6 +115,33 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "far too deep": (nested(400), "more than 48 levels deep"),
     "ten thousand values": ({"enum": [f"value {at}" for at in range(10_000)]}, "more than 1000 values"),
     "too many properties": ({"properties": {f"p{at}": {} for at in range(251)}}, "more than 250 properties"),
+    "too many that become one": (
+        {"allOf": [{"properties": {f"p{n}_{at}": {} for at in range(240)}} for n in range(5)]},
+        "more than 1000 values under properties",
+    ),
+    "too many to choose from": (
+        {"anyOf": [{"properties": {f"p{n}_{at}": {} for at in range(120)}} for n in range(18)]},
+        "more than 1000 values under properties",
+    ),
+    "too many required": ({"type": "object", "required": [f"p{at}" for at in range(4000)]}, "under required"),
+    "a long pattern of names": ({"patternProperties": {"(a|b)*" * 8000: {}}}, "more than 1000 characters"),
+    "a long name": ({"properties": {"x" * 60_000: {}}}, "more than 1000 characters"),
+    "a long string in an enum": ({"enum": [{"description": "x" * 60_000}]}, "more than 1000 characters"),
+    "a long string in a constant": ({"const": {"title": "x" * 60_000}}, "more than 1000 characters"),
+    "itself, called as a keyword is": (
+        {"type": "object", "properties": {"default": {"$ref": "#/properties/default"}}, "required": ["default"]},
+        "refers to itself",
+    ),
+    "itself among the definitions": (
+        {"$defs": {"allOf": [{"$ref": "#/$defs"}]}, "$ref": "#/$defs"}, "refers to itself"
+    ),
+    "itself in an example": ({"default": {"$ref": "#/default"}, "$ref": "#/default"}, "refers to itself"),
+    "one within the other, by a list of types": (
+        {"type": ["object"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "to itself"
+    ),
+    "lists without end, by a list of types": (
+        {"type": ["array"], "items": {"$ref": "#"}, "minItems": 1}, "to itself"
+    ),
     "too much": ({"anyOf": [{"title": "x" * 900}] * 100}, "more than 65536 characters"),
     "too many parts": ({"anyOf": [{}] * 6000}, "more than 5000 values"),
     "a long string": ({"const": "x" * 1001}, "more than 1000 characters"),

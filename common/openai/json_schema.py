@@ -1,11 +1,11 @@
 """JSON schemas that clients send, before a grammar is made of them: are they small enough, and can an answer end?
 
 What is compiled here runs in the engine beside everybody else's tokens, so the limits are far below what it could take;
-they are above those of OpenAI's strict mode, except for the values of enums (ours 1000, as theirs).
+OpenAI's strict mode takes as many values of enums, and more properties.
 """
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import unquote
@@ -16,11 +16,19 @@ from pydantic import AfterValidator, Field
 MAX_CHARACTERS = 65_536
 MAX_DEPTH = 48  # of the JSON: what a property holds is two levels below its object
 MAX_VALUES = 5000
-MAX_ENUM_VALUES = 1000  # all of its enums together
+MAX_MEMBERS = 1000  # of all its enums together, of all its properties, ...: `allOf` makes one object of many
 MAX_PROPERTIES = 250  # of one object: llguidance's parser looks at all that may come next
-MAX_STRING = 1000  # characters, of what becomes a part of the grammar
+MAX_STRING = 1000  # characters, of what becomes a part of the grammar, and of names
 
-_DATA = ("const", "enum", "default", "examples")  # their values are no schemas
+_COUNTED: dict[str, type[list[Any] | dict[str, Any]]] = {
+    "enum": list,
+    "required": list,
+    "properties": dict,
+    "patternProperties": dict,
+}
+SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+NO_SCHEMAS = ("const", "enum", "default", "examples")
+_GRAMMAR_VALUES = ("const", "enum")  # each string in them is a part of the grammar, whatever its key
 _TEXTS = ("description", "title", "$comment", "$id", "$schema")
 _ANY_OBJECT = {"type": "object"}
 
@@ -37,18 +45,19 @@ def check_size(schema: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it is too large.
     """
-    num_enum_values = 0
-    for num_values, (key, value, depth) in enumerate(_values(schema)):
-        num_enum_values += len(value) if key == "enum" and isinstance(value, list) else 0
+    num_members: Counter[str] = Counter()
+    for num_values, (keyword, name, value, depth) in enumerate(_values(schema)):
         if depth > MAX_DEPTH:
             raise ValueError(f"the schema is nested more than {MAX_DEPTH} levels deep")
         if num_values == MAX_VALUES:
             raise ValueError(f"the schema has more than {MAX_VALUES} values")
-        if num_enum_values > MAX_ENUM_VALUES:
-            raise ValueError(f"the schema's enums have more than {MAX_ENUM_VALUES} values")
-        if key == "properties" and isinstance(value, dict) and len(value) > MAX_PROPERTIES:
+        if keyword == "properties" and isinstance(value, dict) and len(value) > MAX_PROPERTIES:
             raise ValueError(f"an object has more than {MAX_PROPERTIES} properties")
-        if isinstance(value, str) and key not in _TEXTS and len(value) > MAX_STRING:
+        if keyword in _COUNTED and isinstance(value, _COUNTED[keyword]):
+            num_members[keyword] += len(value)
+        if num_members[keyword] > MAX_MEMBERS:
+            raise ValueError(f"the schema has more than {MAX_MEMBERS} values under {keyword}, all together")
+        if len(name) > MAX_STRING or (isinstance(value, str) and keyword not in _TEXTS and len(value) > MAX_STRING):
             raise ValueError(f"a string of the schema has more than {MAX_STRING} characters")
     if len(schema_text(schema)) > MAX_CHARACTERS:
         raise ValueError(f"the schema has more than {MAX_CHARACTERS} characters")
@@ -62,16 +71,30 @@ JsonSchema = Annotated[
 ]
 
 
-def _values(schema: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Each value with the key that leads to it, and its depth."""
-    stack: list[tuple[str, Any, int]] = [("", schema, 0)]
+def _values(schema: Any) -> Iterator[tuple[str, str, Any, int]]:
+    """Each value with its keyword, its own name where it has one, and its depth. Looks no further than it is asked."""
+    stack = [iter([("", "", schema)])]
     while stack:
-        key, value, depth = stack.pop()
-        yield key, value, depth
-        if isinstance(value, dict):
-            stack += [(name, inner, depth + 1) for name, inner in value.items()]
-        elif isinstance(value, list):
-            stack += [(key, inner, depth + 1) for inner in value]
+        if (found := next(stack[-1], None)) is None:
+            stack.pop()
+            continue
+        keyword, name, value = found
+        yield keyword, name, value, len(stack) - 1
+        if isinstance(value, dict | list):
+            stack.append(_values_in(keyword, value))
+
+
+def _values_in(keyword: str, value: dict[str, Any] | list[Any]) -> Iterator[tuple[str, str, Any]]:
+    if isinstance(value, list):
+        return ((keyword, "", inner) for inner in value)
+    return ((_keyword(keyword, name), name, inner) for name, inner in value.items())
+
+
+def _keyword(outer: str, name: str) -> str:
+    """What a name within a keyword's value is: a keyword, unless the client chose it."""
+    if outer in _GRAMMAR_VALUES:
+        return outer
+    return "" if outer in SCHEMAS_BY_NAME else name
 
 
 def check_ends(root: dict[str, Any]) -> None:
@@ -81,12 +104,12 @@ def check_ends(root: dict[str, Any]) -> None:
     Raises:
         ValueError: some part has none.
     """
-    parts = {id(part): _Part.of(part, root) for part in _parts(root)}
+    parts = {part_id: _Part.of(part, root) for part_id, part in _parts(root).items()}
     dependents = defaultdict(list)
     for part_id, part in parts.items():
         for needed_id in itertools.chain(part.all_of, *part.any_of):
             dependents[needed_id].append(part_id)
-    ending = dependents.keys() - parts.keys()  # no parts: a reference into an example, say
+    ending: set[int] = set()
     pending = list(parts)
     while pending:
         part_id = pending.pop()
@@ -105,10 +128,9 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, part: dict[str, Any], root: dict[str, Any]) -> "_Part":
-        target = [_target(part["$ref"], root)] if isinstance(part.get("$ref"), str) else []
         choices = [_list_of(part, name) for name in ("anyOf", "oneOf")]
         return cls(
-            _ids(target + _list_of(part, "allOf") + _always_within(part)),
+            _ids(_targets(part, root) + _list_of(part, "allOf") + _always_within(part)),
             # One that is no object, such as true, has a value.
             [_ids(choice) for choice in choices if choice and all(isinstance(each, dict) for each in choice)],
         )
@@ -121,24 +143,30 @@ def _ids(schemas: list[Any]) -> list[int]:
     return [id(schema) for schema in schemas if isinstance(schema, dict)]
 
 
-def _parts(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _parts(root: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """All schemas, by id: those within others, and what a reference points to, wherever that is."""
+    parts: dict[int, dict[str, Any]] = {}
     stack: list[Any] = [root]
     while stack:
         value = stack.pop()
-        if isinstance(value, dict):
-            yield value
-            stack += [inner for name, inner in value.items() if name not in _DATA]
-        elif isinstance(value, list):
+        if isinstance(value, list):
             stack += value
+        elif isinstance(value, dict) and id(value) not in parts:
+            parts[id(value)] = value
+            stack += _targets(value, root)
+            for name, inner in value.items():
+                is_by_name = name in SCHEMAS_BY_NAME and isinstance(inner, dict)
+                stack += inner.values() if is_by_name else [] if name in NO_SCHEMAS else [inner]
+    return parts
 
 
 def _always_within(part: dict[str, Any]) -> list[Any]:
     """The schemas of what an object or array of this part always holds."""
     properties = part.get("properties")
-    if part.get("type") == "object" and isinstance(properties, dict):
+    if part.get("type") in ("object", ["object"]) and isinstance(properties, dict):
         return [properties.get(name) for name in _list_of(part, "required") if isinstance(name, str)]
     min_items = part.get("minItems")
-    if part.get("type") == "array" and isinstance(min_items, int) and min_items > 0:
+    if part.get("type") in ("array", ["array"]) and isinstance(min_items, int) and min_items > 0:
         first = _list_of(part, "prefixItems")
         return first[:min_items] + ([part.get("items")] if min_items > len(first) else [])
     return []
@@ -147,6 +175,10 @@ def _always_within(part: dict[str, Any]) -> list[Any]:
 def _list_of(part: dict[str, Any], name: str) -> list[Any]:
     value = part.get(name)
     return value if isinstance(value, list) else []
+
+
+def _targets(part: dict[str, Any], root: dict[str, Any]) -> list[Any]:
+    return [_target(part["$ref"], root)] if isinstance(part.get("$ref"), str) else []
 
 
 def _target(ref: str, root: dict[str, Any]) -> Any:

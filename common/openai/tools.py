@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from common.openai.json_schema import JsonSchema
+from common.openai.json_schema import NO_SCHEMAS, SCHEMAS_BY_NAME, JsonSchema
 from common.openai.strict_model import IS_OBJECT, IS_STRING, STRING_OR_OBJECT, StrictModel
 
 MAX_TOOLS = 128
@@ -79,10 +79,6 @@ def _parameters(tool: Tool) -> dict[str, Any]:
     return {"type": "object", **tool.function.parameters}
 
 
-_SUBSCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-_NO_SCHEMAS = ("const", "enum", "default", "examples")
-
-
 def _moved(schema: Any, place: str) -> Any:
     """The schema with its references to itself as they are once it stands at `place` of another one."""
     if isinstance(schema, list):
@@ -95,6 +91,6 @@ def _moved(schema: Any, place: str) -> Any:
 def _moved_keyword(name: str, value: Any, place: str) -> Any:
     if name == "$ref" and isinstance(value, str) and value.startswith("#"):
         return place + value[1:]
-    if name in _SUBSCHEMAS_BY_NAME and isinstance(value, dict):
+    if name in SCHEMAS_BY_NAME and isinstance(value, dict):
         return {key: _moved(part, place) for key, part in value.items()}
-    return value if name in _NO_SCHEMAS else _moved(value, place)
+    return value if name in NO_SCHEMAS else _moved(value, place)
