@@ -13,13 +13,14 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import uvloop
 
 from common.arguments import RouterArgs, parse_router_args
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
-from common.routing.kv_blocks import block_hashes
+from common.routing.kv_blocks import block_hashes, chained_hash
 from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQuestion
@@ -77,7 +78,8 @@ class RequestHandler:
         candidates = {each: Candidate(num_blocks - num_cached.get(each, 0), self.loads[each]) for each in worker_ids}
         worker_id = self._choose(candidates)
         chosen, num_cached_blocks = candidates[worker_id], num_cached.get(worker_id, 0)
-        last_block = hashes[-1] if num_cached_blocks < len(hashes) else None
+        is_prefill = worker_id in self.index.telling and num_cached_blocks < len(hashes)  # as far as anybody will tell
+        last_block = reduce(chained_hash, hashes, 0) if is_prefill else None
         context.record.metrics.decided(worker_id, num_cached_blocks * KV_BLOCK_SIZE, time.perf_counter() - started_s)
         with chosen.load.booked(Booking(num_blocks, chosen.num_new_blocks), last_block):
             yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE)

@@ -111,7 +111,7 @@ class RouterDescription(msgspec.Struct, omit_defaults=True):
 
 
 class KvBlock(msgspec.Struct):
-    """block_hash: of the block and all before it. tokens_hash: of its own tokens. Both unsigned, 64 bits."""
+    """tokens_hash: of its own tokens. block_hash: of the block and all before it, by `chained_hash`. 64 bits each."""
 
     block_hash: int
     tokens_hash: int

@@ -20,6 +20,7 @@ class Told:
         self.index = KvIndex(cast("Client", None), lambda worker, hashes: self.loads[worker].has_cached(hashes))
 
     def tell(self, worker_id: int, message: dict[str, Any]) -> None:
+        self.index.telling.add(worker_id)
         for event in msgspec.convert(message, KvEvents).events:
             self.index._apply(worker_id, event)
 

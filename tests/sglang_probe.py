@@ -217,6 +217,7 @@ def grammars() -> dict[str, Any]:
 
 def cache_events() -> dict[str, Any]:
     """What a router hears of SGLang's own publisher, which tells of 100 tokens in pages of one."""
+    import msgspec
     import uvloop
     from sglang.srt.disaggregation.kv_events import (
         AllBlocksCleared,
@@ -229,8 +230,8 @@ def cache_events() -> dict[str, Any]:
     from common.dynamo.runtime import Context
     from common.sglang.cache_events import CacheEvents, kv_events_config
 
-    def stored(medium: str | None) -> list[Any]:
-        return [BlockStored([-at - 1], -at if at else None, [at], 1, None, medium) for at in range(100)]
+    def stored(medium: str | None, num: int = 100) -> list[Any]:
+        return [BlockStored([-at - 1], -at if at else None, [at], 1, None, medium) for at in range(num)]
 
     steps = {
         "stored": stored("GPU"),
@@ -256,12 +257,67 @@ def cache_events() -> dict[str, Any]:
         publisher.shutdown()
         return found
 
+    def encoded(events: list[Any]) -> bytes:
+        return msgspec.msgpack.encode(KVEventBatch(ts=0, events=events))
+
+    async def hear_many() -> dict[str, Any]:
+        """How many times others get their turn meanwhile, and what one of them hears who comes in the middle."""
+        events, late = CacheEvents("ipc:///nowhere"), Told()
+        hearing = asyncio.create_task(events._hear(0, encoded(stored("GPU", 8192))))
+        num_turns = 0
+        while not hearing.done():
+            await asyncio.sleep(0)
+            num_turns += 1
+            if num_turns == 5:
+                stream = events.cached.events({}, Context())
+                late.tell(7, await anext(stream))
+                began_with = late.has(7, list(range(8192)))
+        while (num_heard := late.has(7, list(range(8192)))) < 512:
+            late.tell(7, await anext(stream))
+        return {"num_turns": num_turns, "began_with": began_with, "num_heard": num_heard}
+
+    async def hear_all(batches: list[tuple[int, bytes]]) -> dict[str, Any]:
+        """What is known in the end, and whether those who listened have been sent away."""
+        events, at_end = CacheEvents("ipc:///nowhere"), Told()
+
+        async def recv_multipart() -> tuple[bytes, bytes, bytes]:
+            if not batches:
+                await asyncio.sleep(60)
+            number, payload = batches.pop(0)
+            return b"", number.to_bytes(8), payload
+
+        events._socket = contextlib.nullcontext(SimpleNamespace(recv_multipart=recv_multipart))
+        async with contextlib.aclosing(events.cached.events({}, Context())) as stream:
+            await anext(stream)
+            following = asyncio.create_task(events.follow())
+            while batches:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
+            following.cancel()
+            for message in events.cached._snapshot():
+                at_end.tell(7, message)
+            try:
+                async with asyncio.timeout(0.1):
+                    async for _ in stream:
+                        pass
+                is_over = True
+            except TimeoutError:
+                is_over = False
+        return {"known": [at_end.has(7, list(range(at, at + 100))) for at in (0, 500)], "is_over": is_over}
+
+    again = [BlockStored([-at - 501], -at - 500 if at else None, [500 + at], 1, None, "GPU") for at in range(100)]
     elsewhere = SimpleNamespace(kv_events_config='{"publisher": "zmq", "endpoint": "tcp://127.0.0.1:5557"}')
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder
         found = uvloop.run(asyncio.wait_for(listen(kv_events_config()), 60))
         tempfile.tempdir = None
-    return found | {"served_elsewhere": CacheEvents.of(elsewhere) is not None}
+    return found | {
+        "served_elsewhere": CacheEvents.of(elsewhere) is not None,
+        "many": uvloop.run(hear_many()),
+        "whole": uvloop.run(hear_all([(3, encoded(stored("GPU"))), (4, encoded(again))])),
+        "gap": uvloop.run(hear_all([(3, encoded(stored("GPU"))), (5, encoded(again))])),
+        "garbage": uvloop.run(hear_all([(3, encoded(stored("GPU"))), (4, b"?"), (5, encoded(again))])),
+    }
 
 
 def activated() -> dict[str, str | None]:

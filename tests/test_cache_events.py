@@ -24,3 +24,19 @@ def test_only_one_can_be_told() -> None:
     refused = probe()["arguments"]["told_twice"]
     assert refused["exit_code"] == 2
     assert "only one of them can be told what is cached" in refused["stderr"]
+
+
+def test_thousands_of_pages_leave_others_their_turn_and_one_who_comes_meanwhile_hears_of_all() -> None:
+    many = probe()["cache_events"]["many"]
+    assert many["num_turns"] >= 8192 / 500
+    assert 0 < many["began_with"] < many["num_heard"] == 512
+
+
+def test_after_lost_events_only_what_came_since_is_known() -> None:
+    heard = probe()["cache_events"]
+    assert heard["whole"] == {"known": [6, 6], "is_over": False}
+    assert heard["gap"] == {"known": [0, 6], "is_over": False}
+
+
+def test_events_that_nobody_understands_end_the_streams_and_the_next_ones_are_heard() -> None:
+    assert probe()["cache_events"]["garbage"] == {"known": [0, 6], "is_over": True}

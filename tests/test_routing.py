@@ -230,6 +230,36 @@ def test_kv_sends_a_prompt_where_it_is_cached_unless_too_much_waits_there() -> N
     asyncio.run(ask())
 
 
+def test_a_prompt_is_prefill_until_it_is_cached_itself_not_one_that_ends_alike() -> None:
+    async def ask() -> None:
+        chooser, cached = Chooser(), CachedBlocks()
+        chooser.told.tell(2, {"events": []})
+        one, other = [*prompt(1), *prompt(3, 16)], [*prompt(2), *prompt(3, 16)]
+        await chooser.choose(one, [2])
+        load = chooser.told.loads[2]
+        for token_ids, num_prefill_blocks in ((other, 33), (one, 0)):
+            store(cached, token_ids, 16)
+            for message in cached._snapshot():
+                chooser.told.tell(2, message)
+            assert load.num_prefill_blocks == num_prefill_blocks
+        await chooser.answer_all()
+        assert load == WorkerLoad(last_chosen=1)
+
+    asyncio.run(ask())
+
+
+def test_an_engine_that_tells_nothing_is_never_seen_at_a_prefill() -> None:
+    async def ask() -> None:
+        chooser = Chooser()
+        await chooser.choose(prompt(1), [2])
+        load = chooser.told.loads[2]
+        assert (load.num_prefill_blocks, load.num_decode_blocks) == (0, 32)
+        await chooser.answer_all()
+        assert load == WorkerLoad(last_chosen=1)
+
+    asyncio.run(ask())
+
+
 def test_a_lost_engine_is_chosen_only_where_there_is_no_other() -> None:
     async def ask() -> None:
         chooser = Chooser()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from common.dynamo.context import when_stopped
 from common.dynamo.releases import Context
-from common.routing.kv_blocks import block_hashes
+from common.routing.kv_blocks import block_hashes, chained_hash
 from common.wire import KV_BLOCK_SIZE, BlocksRemoved, BlocksStored, KvBlock, KvEvent, KvEvents, to_wire
 
 MAX_EVENTS = 64  # in one dict, of what is cached now
@@ -69,6 +69,12 @@ class CachedBlocks:
 
     def clear(self) -> None:
         self.remove(list(self._pages))
+
+    def forget(self) -> None:
+        """Everything: nothing is known any more. Those who listen hear of it by the end of their streams."""
+        self._pages, self._blocks, self._num_pages, self._changes = {}, {}, Counter(), []
+        for listener in list(self._listeners):
+            self._cut_off(listener)
 
     def publish(self) -> None:
         """Tell everybody who listens of the changes since the last time."""
@@ -138,7 +144,7 @@ def _num_blocks(event: KvEvent) -> int:
 
 def _block_of(parent_hash: int | None, token_ids: list[int]) -> KvBlock:
     (tokens_hash,) = block_hashes(token_ids)
-    return KvBlock(hash((parent_hash or 0, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF, tokens_hash)
+    return KvBlock(chained_hash(parent_hash, tokens_hash), tokens_hash)
 
 
 def _append(events: list[KvEvent], parent_hash: int | None, block: KvBlock) -> None:

@@ -15,3 +15,8 @@ def block_hashes(token_ids: Sequence[int]) -> list[int]:
     """One for each complete block, of its own tokens alone."""
     hashes: list[int] = compute_block_hash_for_seq(token_ids, KV_BLOCK_SIZE)
     return hashes
+
+
+def chained_hash(parent_hash: int | None, tokens_hash: int) -> int:
+    """Of a block and all before it: two prompts may end alike. parent_hash: of all before it; None or 0: the first."""
+    return hash((parent_hash or 0, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF  # of numbers, so alike in all processes

@@ -29,7 +29,8 @@ _dumped = msgspec.json.Decoder(_Dumped)
 class KvIndex:
     """Follows every engine that tells. lost: those that stopped telling and are still listed; they are probably dead.
 
-    on_stored: called with a worker and the hashes of blocks that it has just cached.
+    telling: those whose caches are known. on_stored: called with a worker and the block hashes of what it has just
+    cached.
     """
 
     def __init__(self, client: Client, on_stored: Callable[[int, list[int]], None]) -> None:
@@ -37,6 +38,7 @@ class KvIndex:
         self._tree, self._num_removed = RadixTree(), 0
         self._followed: dict[int, asyncio.Task[None]] = {}
         self.lost: set[int] = set()
+        self.telling: set[int] = set()
 
     def num_cached_blocks(self, block_hashes: list[int]) -> dict[int, int]:
         """By worker, how many of a prompt's first blocks it has; workers that have none are missing."""
@@ -66,6 +68,7 @@ class KvIndex:
         try:
             async for item in await self._client.direct({}, worker_id, context):
                 self.lost.discard(worker_id)
+                self.telling.add(worker_id)
                 for event in msgspec.convert(item.data(), KvEvents).events:
                     self._apply(worker_id, event)
         except Exception as error:
@@ -74,6 +77,7 @@ class KvIndex:
         finally:
             context.stop_generating()
             self._tree.remove_worker(worker_id)
+            self.telling.discard(worker_id)
             self.lost.add(worker_id)
 
     def _apply(self, worker_id: int, event: KvEvent) -> None:
@@ -82,7 +86,7 @@ class KvIndex:
         except RuntimeError:  # blocks whose parent is gone: nobody finds them
             return
         if event.stored is not None:
-            self._on_stored(worker_id, [block.tokens_hash for block in event.stored.blocks])
+            self._on_stored(worker_id, [block.block_hash for block in event.stored.blocks])
         if event.removed is not None:
             self._num_removed += len(event.removed.block_hashes)
             if self._num_removed > MAX_REMOVED:

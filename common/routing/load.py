@@ -25,7 +25,7 @@ class WorkerLoad:
     num_prefill_blocks: int = 0
     num_decode_blocks: int = 0
     last_chosen: int = 0
-    prefilling: defaultdict[int, set[Booking]] = field(default_factory=lambda: defaultdict(set))  # by the last block
+    prefilling: defaultdict[int, set[Booking]] = field(default_factory=lambda: defaultdict(set))  # by last_block
 
     def _decodes(self, booking: Booking) -> None:
         self.num_prefill_blocks -= booking.num_new_blocks
@@ -39,7 +39,7 @@ class WorkerLoad:
 
     @contextmanager
     def booked(self, booking: Booking, last_block: int | None) -> Iterator[None]:
-        """For as long as the worker is at it. last_block: whose caching ends the prefill; None: nothing to compute."""
+        """For as long as the worker is at it. last_block: whose caching ends the prefill; None: nothing will."""
         self.num_requests += 1
         self.num_prefill_blocks += booking.num_new_blocks
         if last_block is None:

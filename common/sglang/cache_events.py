@@ -1,6 +1,8 @@
 """What SGLang tells of its cache, page by page (`engine.py --kv-events`), kept for the routers that ask."""
 
+import asyncio
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,8 +17,11 @@ from common.routing.cached_blocks import CachedBlocks
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+logger = logging.getLogger(__name__)
+
 _FOLDER = "engine-kv-events-"
 _CONNECT_TIMEOUT_S = 10.0
+_EVENTS_AT_ONCE = 500  # about 2 ms; one prompt brings thousands where a page is a token
 _ON_THE_DEVICE = (None, "GPU")  # SGLang's word for it, on a CPU too; its slower tiers are not counted
 
 
@@ -33,6 +38,7 @@ class CacheEvents:
 
         self.cached = CachedBlocks()
         self._endpoint = endpoint
+        self._next_number: int | None = None  # some may have come before us, without harm
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
 
     @classmethod
@@ -63,10 +69,25 @@ class CacheEvents:
         """As long as the process runs."""
         with self._socket as socket:
             while True:
-                _topic, _number, payload = await socket.recv_multipart()
-                for event in self._decoder.decode(payload).events:
-                    self.apply(event)
-                self.cached.publish()
+                _topic, number, payload = await socket.recv_multipart()
+                try:
+                    await self._hear(int.from_bytes(number), payload)
+                except Exception:
+                    logger.exception("what SGLang tells of its cache was not understood; all is forgotten")
+                    self.cached.forget()
+
+    async def _hear(self, number: int, payload: bytes) -> None:
+        """The next batch of events, with pauses for whoever else is on the event loop."""
+        if self._next_number not in (None, number):
+            logger.error("events of SGLang's cache were lost: %s is followed by %d", self._next_number, number)
+            self.cached.clear()
+        self._next_number = number + 1
+        events = self._decoder.decode(payload).events
+        for start in range(0, len(events), _EVENTS_AT_ONCE):
+            for event in events[start : start + _EVENTS_AT_ONCE]:
+                self.apply(event)
+            self.cached.publish()
+            await asyncio.sleep(0)
 
     def apply(self, event: Any) -> None:
         """One of SGLang's `BlockStored`, `BlockRemoved` and `AllBlocksCleared`, where a block is a page."""
