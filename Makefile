@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup model infra run dev chapter-1 status test test-long test-quick test-page test-chapter test-dynamo test-hosts soak bench check lock clean
+.PHONY: help setup model infra run dev chapter-1 status test test-long test-quick test-page test-chapter test-dynamo test-clients test-hosts soak bench check lock clean
 
 # Tried in turn, by running them: a name on the PATH (a pyenv shim, say) is not yet a Python. Where each is, or nothing.
 PYTHON_CANDIDATES ?= $(or $(PYTHON),python3.11 python3.12 python3)
@@ -35,10 +35,11 @@ help:
 	@echo 'make bench       how fast it is without a model, beside two others: ten minutes; BENCH_ARGS="..." for more'
 	@echo 'make test-chapter  the pipeline tests on Dynamo 0.5.1, the release that the chapter was written for'
 	@echo 'make test-dynamo VERSION=1.6.1  the same on another release of Dynamo'
+	@echo 'make test-clients  other clients, and load tools: docs/clients.md, in an environment of its own'
 	@echo 'make test-hosts  the tests on several hosts (network namespaces, as root), which are a part of make test'
 	@echo 'make check       ruff and mypy'
 	@echo 'make check-exercise-1  what you wrote for an exercise of docs/exercises; also -2 to -5'
-	@echo 'make lock        requirements.txt again, from pyproject.toml, and requirements-chapter.txt'
+	@echo 'make lock        requirements.txt again, from pyproject.toml, and those of the other lanes'
 	@echo 'make clean       removes everything that the targets above made'
 	@echo
 	@echo 'Every target makes what it needs first: in a fresh clone, `make run` is enough.'
@@ -106,7 +107,7 @@ check-exercise-%: model
 	@$(VENV_PYTHON) -m pytest --exitfirst --quiet --no-header --tb=short -rN docs/exercises/check_$*_*.py
 
 test: model
-	@$(VENV_PYTHON) -m pytest -m 'not long'
+	@$(VENV_PYTHON) -m pytest -m 'not long and not clients'
 
 test-long: model
 	@$(VENV_PYTHON) -m pytest -m long
@@ -141,6 +142,17 @@ VERSION ?= 1.6.1
 test-dynamo: model .venv-dynamo-$(VERSION)/installed
 	@.venv-dynamo-$(VERSION)/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
 
+# PyTorch, which guidellm wants, is the one of .venv: uv links it. Node's packages go beside the others.
+.venv-clients/installed: requirements-clients.txt tests/clients/package-lock.json | setup
+	@$(VENV_PYTHON) -m uv venv --quiet --no-config --clear --python $(VENV_PYTHON) .venv-clients
+	@$(VENV_PYTHON) -m uv pip sync --quiet --python .venv-clients/bin/python --require-hashes $<
+	@mkdir -p .venv-clients/node && cp tests/clients/package*.json .venv-clients/node
+	@npm ci --prefix .venv-clients/node --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+test-clients: model .venv-clients/installed
+	@$(VENV_PYTHON) -m pytest -m clients
+
 test-hosts: model
 	@$(VENV_PYTHON) -m pytest -m hosts
 
@@ -164,7 +176,10 @@ lock: setup
 	@$(VENV_PYTHON) -m uv pip compile requirements-chapter.in --universal --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
 	--quiet --output-file requirements-chapter.txt
-	@echo 'lock: requirements.txt and requirements-chapter.txt written; `make setup` and `make test-chapter` install them'
+	@$(VENV_PYTHON) -m uv pip compile requirements-clients.in --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' \
+	--quiet --output-file requirements-clients.txt
+	@echo 'lock: requirements.txt, -chapter.txt and -clients.txt written; `make setup`, `make test-chapter` and `make test-clients` install them'
 
 clean:
 	rm -rf .uv .venv .venv-* models .data .hypothesis .mypy_cache .pytest_cache .ruff_cache \
