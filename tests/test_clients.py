@@ -78,7 +78,7 @@ def test_a_load_tool_gets_all_its_answers(tool: str, pipeline: Pipeline, tmp_pat
     run(block, pipeline, tmp_path)
     chats = chats_since(pipeline, num_before)
     assert len(chats) >= 4
-    assert all(" 200, ok" in line and "8 tokens" in line for line in chats), chats
+    assert all(" 200, ok" in line and " 8 completion tokens" in line for line in chats), chats
 
 
 def test_every_block_is_run() -> None:
