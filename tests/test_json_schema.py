@@ -181,6 +181,18 @@ def test_references_are_followed_once_however_many_there_are() -> None:
     assert time.perf_counter() - started < MAX_S
 
 
+def test_all_tools_of_a_request_have_one_limit_though_the_model_chooses() -> None:
+    parameters = {"type": "object", "properties": {"a": {"enum": list(range(900))}}}
+    tools = [{"type": "function", "function": {"name": f"f{at}", "parameters": parameters}} for at in range(128)]
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    started = time.perf_counter()
+    with pytest.raises(InvalidRequest, match=r"tools: all together have more than 20000 values\.") as caught:
+        parse_chat_request(body | {"tools": tools})
+    assert caught.value.param == "tools"
+    assert time.perf_counter() - started < 0.2
+    assert len(parse_chat_request(body | {"tools": tools[:20]}).usable_tools) == 20
+
+
 @pytest.mark.parametrize(
     ("response_format", "schema"),
     [(None, None), ({"type": "text"}, None), ({"type": "json_object"}, {"type": "object"})],

@@ -46,7 +46,7 @@ def check_size(schema: dict[str, Any]) -> dict[str, Any]:
         ValueError: it is too large.
     """
     num_members: Counter[str] = Counter()
-    for num_values, (keyword, name, value, depth) in enumerate(_values(schema)):
+    for num_values, (keyword, name, value, depth) in enumerate(values_of(schema)):
         if depth > MAX_DEPTH:
             raise ValueError(f"the schema is nested more than {MAX_DEPTH} levels deep")
         if num_values == MAX_VALUES:
@@ -71,9 +71,9 @@ JsonSchema = Annotated[
 ]
 
 
-def _values(schema: Any) -> Iterator[tuple[str, str, Any, int]]:
+def values_of(json: Any) -> Iterator[tuple[str, str, Any, int]]:
     """Each value with its keyword, its own name where it has one, and its depth. Looks no further than it is asked."""
-    stack = [iter([("", "", schema)])]
+    stack = [iter([("", "", json)])]
     while stack:
         if (found := next(stack[-1], None)) is None:
             stack.pop()

@@ -31,7 +31,7 @@ from common.openai.strict_model import (
     present,
     whole_number,
 )
-from common.openai.tools import MAX_FORCED_CALLS, MAX_TOOLS, NamedTool, Tool, ToolChoice, forced_calls_schema
+from common.openai.tools import MAX_FORCED_CALLS, NamedTool, Tool, ToolChoice, Tools, forced_calls_schema
 
 # Fields of an answer's message, for clients that send it back, and what they mark for a cache.
 _NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],), "id": IGNORED, "cache_control": IGNORED}
@@ -234,7 +234,7 @@ class ChatCompletionRequest(StrictModel):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = Field(
         None, description="A function must be one of tools; auto is a 400 where the model's chat template has no tools."
     )

@@ -1,14 +1,16 @@
 """The tools of a request: what a client may say of them, and the JSON schema that forces calls."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from common.openai.json_schema import NO_SCHEMAS, SCHEMAS_BY_NAME, JsonSchema
+from common.openai.json_schema import NO_SCHEMAS, SCHEMAS_BY_NAME, JsonSchema, values_of
 from common.openai.strict_model import IS_OBJECT, IS_STRING, STRING_OR_OBJECT, StrictModel
 
 MAX_TOOLS = 128
+MAX_TOOLS_VALUES = 20_000  # of the JSON of all tools together: they are looked at on an event loop
 MAX_FORCED_CALLS = 16  # in one answer: a small model does not know where to end
 
 ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
@@ -30,6 +32,15 @@ class Tool(StrictModel):
     @property
     def name(self) -> str:
         return self.function.name
+
+
+def _check_number_of_values(tools: Any) -> Any:
+    if next(itertools.islice(values_of(tools), MAX_TOOLS_VALUES, None), None) is not None:
+        raise ValueError(f"all together have more than {MAX_TOOLS_VALUES} values")
+    return tools
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS), BeforeValidator(_check_number_of_values)]
 
 
 class FunctionName(StrictModel):
