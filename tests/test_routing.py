@@ -8,15 +8,12 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from common.dynamo.failover import Chosen
-from common.dynamo.runtime import Client, Context
+from common.dynamo.runtime import Context
 from common.routing import cached_blocks, kv_index
-from common.routing.ask_router import AskRouter, within_loop_time
 from common.routing.cached_blocks import CachedBlocks
 from common.routing.load import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion
@@ -324,100 +321,3 @@ def test_the_policy_of_the_experiments_page_sends_all_that_begin_alike_to_one(tm
 
     assert asyncio.run(ask(policies["longest-prefix"])) == {2}
     assert asyncio.run(ask(policies["kv"])) == {1, 2}
-
-
-class Routers:
-    """A client of some routers: one that is gone is listed still, one that is silent takes questions."""
-
-    def __init__(self, **kinds: str) -> None:
-        self.kinds = {int(name.removeprefix("r")): kind for name, kind in kinds.items()}
-        self.asked: list[int] = []
-        self.contexts: list[Context] = []
-
-    async def instance_ids(self) -> list[int]:
-        return list(self.kinds)
-
-    async def direct(self, question: dict[str, Any], router_id: int, context: Context) -> AsyncGenerator[Any, None]:
-        self.asked.append(router_id)
-        self.contexts.append(context)
-        assert question == {"token_ids": [1, 2], "worker_ids": [7, 8, 9], "request_id": "req-1"}
-        if self.kinds[router_id] == "gone":
-            raise ConnectionError("no responders")
-        return self._answer(self.kinds[router_id])
-
-    async def _answer(self, kind: str) -> AsyncGenerator[Any, None]:
-        if kind == "silent":
-            await asyncio.sleep(60)
-        yield SimpleNamespace(data=lambda: {"worker_id": {"good": 8, "lost": 5}.get(kind), "num_cached_tokens": 32})
-
-
-async def chosen_by(ask: AskRouter) -> Chosen:
-    request = {"token_ids": [1, 2], "sampling_options": {"seed": 1}, "request_id": "req-1"}
-    async with ask(request, [7, 8, 9]) as chosen:
-        return chosen
-
-
-def ask_of(routers: Routers) -> AskRouter:
-    return AskRouter(cast("Client", routers))
-
-
-def test_all_processors_ask_the_router_with_the_lowest_id_and_tell_it_when_the_attempt_is_over() -> None:
-    routers = Routers(r2="good", r1="good")
-    chosen = asyncio.run(chosen_by(ask_of(routers)))
-    assert chosen.instance_id == 8
-    assert chosen.route is not None
-    assert (chosen.route.router, chosen.route.num_cached_tokens) == ("1", 32)
-    assert routers.asked == [1]
-    assert all(context.is_stopped() for context in routers.contexts)
-
-
-def test_where_one_router_is_gone_another_one_is_asked_at_once_and_that_one_not_again() -> None:
-    async def ask_twice(routers: Routers) -> list[int]:
-        ask = ask_of(routers)
-        return [(await chosen_by(ask)).instance_id for _ in range(2)]
-
-    routers = Routers(r1="gone", r2="good")
-    assert asyncio.run(ask_twice(routers)) == [8, 8]
-    assert routers.asked == [1, 2, 2]
-
-
-@pytest.mark.parametrize("kinds", [{}, {"r1": "gone"}, {"r1": "silent"}, {"r1": "lost"}, {"r1": "garbage"}])
-def test_without_a_router_that_names_one_of_these_workers_they_take_turns(kinds: dict[str, str]) -> None:
-    async def ask_often() -> set[int]:
-        ask = ask_of(Routers(**kinds))
-        return {(await chosen_by(ask)).instance_id for _ in range(3)}
-
-    assert asyncio.run(ask_often()) == {7, 8, 9}
-
-
-def test_a_router_that_is_silent_is_left_alone_for_a_while() -> None:
-    async def ask_often(routers: Routers) -> None:
-        ask = ask_of(routers)
-        for _ in range(5):
-            await chosen_by(ask)
-
-    routers = Routers(r1="silent")
-    asyncio.run(ask_often(routers))
-    assert len(routers.asked) == 1
-
-
-def test_a_busy_event_loop_is_not_taken_for_a_silent_router() -> None:
-    async def answer() -> int:
-        await asyncio.sleep(0.01)
-        return 7
-
-    async def ask() -> int:
-        asyncio.get_running_loop().call_later(0.001, time.sleep, 0.1)
-        return await within_loop_time(answer())
-
-    assert asyncio.run(ask()) == 7
-
-
-def test_a_silent_router_is_waited_for_no_longer_than_the_deadline() -> None:
-    async def ask() -> float:
-        started_s = time.monotonic()
-        with pytest.raises(TimeoutError):
-            await within_loop_time(asyncio.sleep(60))
-        return time.monotonic() - started_s
-
-    assert asyncio.run(ask()) < 1

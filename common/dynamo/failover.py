@@ -41,9 +41,9 @@ class Chosen:
     route: RouteTrace | None = None
 
 
-# Which of the eligible instances gets an attempt: `async with choose(request, instance_ids) as chosen`. The block
-# lasts as long as the attempt.
-Choose = Callable[[dict[str, Any], Sequence[int]], AbstractAsyncContextManager[Chosen]]
+# Which of the eligible instances gets an attempt: `async with choose(request, instance_ids, context) as chosen`. The
+# block lasts as long as the attempt.
+Choose = Callable[[dict[str, Any], Sequence[int], RequestContext], AbstractAsyncContextManager[Chosen]]
 
 
 class RoundRobin:
@@ -53,7 +53,9 @@ class RoundRobin:
         self._turn = 0
 
     @asynccontextmanager
-    async def __call__(self, _request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[Chosen]:
+    async def __call__(
+        self, _request: dict[str, Any], instance_ids: Sequence[int], _context: RequestContext
+    ) -> AsyncIterator[Chosen]:
         self._turn += 1
         yield Chosen(instance_ids[self._turn % len(instance_ids)])
 
@@ -135,7 +137,9 @@ class FailoverClient(Generic[C]):
                 raise Unavailable(f"All instances of {self._client} are busy.")
             delivered: list[C] = []
             try:
-                async with self.choose(request, [each for each in eligible if each not in busy]) as chosen:
+                async with self.choose(request, [each for each in eligible if each not in busy], context) as chosen:
+                    if context.is_stopped():
+                        return
                     instance_id = chosen.instance_id
                     async with aclosing(self._attempt(request, chosen, context)) as chunks:
                         async for chunk in chunks:

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
 
-from common.dynamo.failover import Choose, Chosen, RoundRobin
+from common.dynamo import releases
+from common.dynamo.failover import Choose, Chosen, RequestContext, RoundRobin
 from common.dynamo.runtime import Client, Context
 from common.wire import Envelope, RouteTrace, WorkerFound, WorkerQuestion, to_wire
 
@@ -20,14 +21,15 @@ T = TypeVar("T")
 # A router decides about a thousand times a second. More questions than these wait here, not for its answer.
 MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
+ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
 _NUM_LOOKS = 5
-REST_S = 0.5  # of a router that has answered nobody for SILENCE_S
+REST_S = 0.5  # of a router that has answered nobody for SILENCE_S, or keeps others waiting
 SILENCE_S = 0.25
 _ENDING_TIMEOUT_S = 1.0
 
 
 class AskRouter:
-    """A `Choose`: the worker that the router names, or where none names one in ANSWER_TIMEOUT_S, the next in turn.
+    """A `Choose`: the worker that the router names, or where none names one in time, the next in turn.
 
     All processors ask the same one of several routers, so that it knows of all that is booked.
     """
@@ -36,95 +38,133 @@ class AskRouter:
         self._client = client
         self._without: Choose = RoundRobin()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
-        self._resting: dict[int, float] = {}  # until when
-        self._heard_s = -SILENCE_S  # any answer
-        self._is_announced = False  # that one is silent
+        self._rests_until: dict[int, float] = {}
+        self._last_answer_s = -SILENCE_S
+        self._is_announced = False  # that there are no answers
         self._ending: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def __call__(self, request: dict[str, Any], instance_ids: Sequence[int]) -> AsyncIterator[Chosen]:
-        booking = _Booking()
-        try:
-            chosen = await self._ask(booking, request, instance_ids)
-            if chosen is not None:
+    async def __call__(
+        self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext
+    ) -> AsyncIterator[Chosen]:
+        booking = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ASKING_TIMEOUT_S):
+                booking = await self._ask(request, instance_ids, context)
+        if booking is None or booking.chosen is None:
+            async with self._without(request, instance_ids, context) as chosen:
                 yield chosen
-            else:
-                async with self._without(request, instance_ids) as chosen:
-                    yield chosen
+            return
+        try:
+            yield booking.chosen
         finally:
-            if booking.context is not None:
-                ending = asyncio.create_task(booking.end(booking.context))
-                self._ending.add(ending)
-                ending.add_done_callback(self._ending.discard)
+            self._end(booking)
 
-    async def _ask(self, booking: "_Booking", request: dict[str, Any], instance_ids: Sequence[int]) -> Chosen | None:
+    async def _ask(
+        self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext
+    ) -> "_Booking | None":
         """None where nobody answers, or names none of these."""
         if await self._router() is None:
             return None
         question = to_wire(WorkerQuestion(request["token_ids"], list(instance_ids)))
         question = Envelope.taken_from({**request}).around(question)
         async with self._questions:
-            while (router_id := await self._router()) is not None:
-                started_s = time.monotonic()
+            while not context.is_stopped() and (router_id := await self._router()) is not None:
                 try:
-                    found = await within_loop_time(self._ask_one(router_id, question, booking))
+                    return await self._book(router_id, question, instance_ids)
                 except TimeoutError as error:
-                    if time.monotonic() - self._heard_s > SILENCE_S:  # otherwise it is only slow
+                    is_silent = time.monotonic() - self._last_answer_s > SILENCE_S  # otherwise it is only slow
+                    if is_silent or self._questions.locked():
                         self._rest(router_id, error)
                     return None
-                except Exception as error:  # one that was killed is still listed; another one may be there
-                    self._rest(router_id, error)
-                    continue
-                self._heard_s, self._is_announced = time.monotonic(), False
-                route = RouteTrace(f"{router_id:x}", round((self._heard_s - started_s) * 1e6), found.num_cached_tokens)
-                return Chosen(found.worker_id, route) if found.worker_id in instance_ids else None
+                except Exception as error:
+                    if _is_about_the_question(error):
+                        self._announce(router_id, error)
+                        return None
+                    self._rest(router_id, error)  # one that was killed is still listed; another one may be there
         return None
 
-    async def _ask_one(self, router_id: int, question: dict[str, Any], booking: "_Booking") -> WorkerFound:
-        booking.context = Context()
-        booking.stream = stream = await self._client.direct(question, router_id, booking.context)
-        return msgspec.convert((await anext(stream)).data(), WorkerFound)
+    async def _book(self, router_id: int, question: dict[str, Any], instance_ids: Sequence[int]) -> "_Booking | None":
+        """None where the router names none of these.
+
+        Raises:
+            TimeoutError: no answer within ANSWER_TIMEOUT_S.
+            Exception: what the runtime raises, and ValidationError for an answer that names no worker.
+        """
+        booking, asked_s = _Booking(self._client, router_id, question), time.monotonic()
+        try:
+            found = await within_loop_time(booking.answer)
+            self._last_answer_s, self._is_announced = time.monotonic(), False
+            if found.worker_id not in instance_ids:
+                return None
+            waited_us = round((self._last_answer_s - asked_s) * 1e6)
+            route = RouteTrace(f"{router_id:x}", waited_us, found.num_cached_tokens)
+            booking.chosen = Chosen(found.worker_id, route)
+            return booking
+        finally:
+            if booking.chosen is None:
+                self._end(booking)
+
+    def _end(self, booking: "_Booking") -> None:
+        ending = asyncio.create_task(booking.end())
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     async def _router(self) -> int | None:
         now = time.monotonic()
-        self._resting = {router_id: until for router_id, until in self._resting.items() if until > now}
-        return min((each for each in await self._client.instance_ids() if each not in self._resting), default=None)
+        self._rests_until = {router_id: until for router_id, until in self._rests_until.items() if until > now}
+        return min((each for each in await self._client.instance_ids() if each not in self._rests_until), default=None)
 
     def _rest(self, router_id: int, error: Exception) -> None:
         """Ask it no more for a while."""
-        self._resting[router_id] = time.monotonic() + REST_S
+        self._rests_until[router_id] = time.monotonic() + REST_S
+        self._announce(router_id, error)
+
+    def _announce(self, router_id: int, error: Exception) -> None:
         if not self._is_announced:
             logger.warning("router %x does not answer: %r", router_id, error)
             self._is_announced = True
 
 
+def _is_about_the_question(error: Exception) -> bool:
+    """Whether the router answers other questions all the same."""
+    is_an_answer = isinstance(error, msgspec.ValidationError) or releases.is_raised_by_worker(error)
+    return is_an_answer or releases.is_too_large(error)
+
+
 class _Booking:
-    """The open stream of a router's answer. When it is stopped, the booking there ends."""
+    """One question to one router, and the open stream of its answer: when it is stopped, the booking there ends.
 
-    context: Context | None = None
-    stream: AsyncIterator[Any] | None = None
+    chosen: set where the answer is followed.
+    """
 
-    async def end(self, context: Context) -> None:
+    def __init__(self, client: Client, router_id: int, question: dict[str, Any]) -> None:
+        self.chosen: Chosen | None = None
+        self._context = Context()
+        self._stream: AsyncIterator[Any]
+        self.answer = asyncio.create_task(self._ask(client, router_id, question))
+
+    async def _ask(self, client: Client, router_id: int, question: dict[str, Any]) -> WorkerFound:
+        self._stream = await client.direct(question, router_id, self._context)
+        return msgspec.convert((await anext(self._stream)).data(), WorkerFound)
+
+    async def end(self) -> None:
         """Stop it, and hold it until the router has heard: one that is dropped at once may stay booked."""
-        context.stop_generating()
-        if self.stream is not None:
-            with suppress(Exception):
-                async with asyncio.timeout(_ENDING_TIMEOUT_S):
-                    async for _ in self.stream:
-                        pass
+        self._context.stop_generating()
+        with suppress(Exception):
+            async with asyncio.timeout(_ENDING_TIMEOUT_S):
+                await self.answer
+                async for _ in self._stream:
+                    pass
 
 
-async def within_loop_time(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What it returns within ANSWER_TIMEOUT_S, in several looks: while the loop is busy, answers wait to be seen.
+async def within_loop_time(answer: asyncio.Future[T]) -> T:
+    """What comes of it within ANSWER_TIMEOUT_S, in several looks: while the loop is busy, answers wait to be seen.
 
     Raises:
         TimeoutError: nothing until then.
     """
-    task = asyncio.ensure_future(coroutine)
-    try:
-        for _ in range(_NUM_LOOKS):
-            if (await asyncio.wait((task,), timeout=ANSWER_TIMEOUT_S / _NUM_LOOKS))[0]:
-                return task.result()
-        raise TimeoutError
-    finally:
-        task.cancel()
+    for _ in range(_NUM_LOOKS):
+        if (await asyncio.wait((answer,), timeout=ANSWER_TIMEOUT_S / _NUM_LOOKS))[0]:
+            return answer.result()
+    raise TimeoutError
