@@ -5,11 +5,12 @@ The races among them are those that real processes lose too rarely to be tested 
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
 
-from common.dynamo.failover import DEFAULT_LIMITS, MAX_BROKEN_CALLS, CallLimits, FailoverClient
+from common.dynamo.failover import DEFAULT_LIMITS, MAX_BROKEN_CALLS, CallLimits, Chosen, FailoverClient
 from common.dynamo.runtime import Client, Context
 from common.errors import Aborted, BadUpstream, Busy, InvalidRequest, Unavailable
 from common.observability.metrics import Metrics
@@ -251,6 +252,23 @@ def ask(engines: Answering, num_requests: int = 1) -> list[list[int]]:
         return answers
 
     return asyncio.run(run())
+
+
+def test_no_instance_is_called_for_a_client_that_left_while_one_was_chosen() -> None:
+    async def run(instances: GoneButListed) -> None:
+        client, context = failover_client(instances, PROCESSOR_ANSWERS), request_context()
+
+        @asynccontextmanager
+        async def choose(*_: Any) -> AsyncIterator[Chosen]:
+            context.raw.stop_generating()
+            yield Chosen(1)
+
+        client.choose = choose
+        assert [chunk async for chunk in await client.generate({}, context=context)] == []
+
+    instances = GoneButListed()
+    asyncio.run(run(instances))
+    assert instances.num_calls == 0
 
 
 def test_a_request_that_an_engine_refuses_is_not_repeated() -> None:

@@ -8,11 +8,13 @@ import re
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import pytest
 
+from common.routing.ask_router import ASKING_TIMEOUT_S
 from launch.conversation import show_conversations
 from launch.settings import Settings
 from tests.processes import MODEL, Infra, Pipeline, Process, free_port, wait_until
@@ -53,19 +55,24 @@ class Routed:
         return wait_until(is_asked, 10, "a question for the router")
 
     def metric(self, name: str) -> dict[str, float]:
-        """By its labels; nothing while the router is away."""
-        try:
-            text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=2).text
-        except httpx.HTTPError:
-            return {}
+        """By its labels.
+
+        Raises:
+            HTTPError: the router is away.
+        """
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=2).text
         pattern = rf"^dynamo_chat_{name}{{(.*)}} (\S+)$"
         return {labels: float(value) for labels, value in re.findall(pattern, text, re.MULTILINE)}
 
     def num_decisions(self) -> float:
-        return sum(self.metric("routing_decisions_total").values())
+        """0 while the router is away."""
+        with contextlib.suppress(httpx.HTTPError):
+            return sum(self.metric("routing_decisions_total").values())
+        return 0
 
     def num_booked(self) -> float:
-        return sum(self.metric("requests_in_flight").values())
+        (num_booked,) = self.metric("requests_in_flight").values()
+        return num_booked
 
     def num_chosen(self) -> dict[str, float]:
         """By worker, so far."""
@@ -139,11 +146,20 @@ def test_one_hot_prefix_spreads_over_all_engines(routed: Routed) -> None:
     assert max(shares) <= 1.5 * sum(shares) / len(shares), shares
 
 
+async def booked_answer(routed: Routed, max_tokens: int, **options: Any) -> dict[str, Any]:
+    """What comes of a request that was seen to be booked."""
+    async with routed.client() as client:
+        asking = asyncio.create_task(post(client, "Hello", max_tokens, **options))
+        await asyncio.to_thread(wait_until, lambda: routed.num_booked() == 1, 5, "a booking")
+        choice: dict[str, Any] = (await asking).raise_for_status().json()["choices"][0]
+        return choice
+
+
 class TestABookingEnds:
     """For each way in which an attempt can."""
 
     def test_when_it_is_answered(self, routed: Routed) -> None:
-        asyncio.run(routed.ask_all(["Hello"], max_tokens=5))
+        assert asyncio.run(booked_answer(routed, 40))["finish_reason"] == "length"
         wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
         assert " ERROR " not in routed.router.log
 
@@ -159,9 +175,8 @@ class TestABookingEnds:
 
     def test_when_a_stop_string_is_found(self, routed: Routed) -> None:
         async def ask() -> None:
-            async with routed.client() as client:
-                answer = await post(client, "Hello", 1000, stop=["e"])
-                assert answer.json()["choices"][0]["finish_reason"] == "stop"
+            said = (await booked_answer(routed, 40))["message"]["content"]
+            assert (await booked_answer(routed, 1000, stop=[said]))["finish_reason"] == "stop"
 
         asyncio.run(ask())
         wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
@@ -194,18 +209,30 @@ class TestABookingEnds:
         routed.pipeline.wait_ready(engines=NUM_ENGINES)
 
 
-async def under_load(routed: Routed, duration_s: float, *, num_clients: int = 16) -> list[int]:
-    """The status codes of what clients ask, one question after the other."""
+@dataclass(frozen=True)
+class Answered:
+    asked_at: float
+    waited_s: float
+    status: int
+
+
+async def under_load(routed: Routed, duration_s: float, *, num_clients: int = 16) -> list[Answered]:
+    """What comes of what clients ask, one question after the other."""
     ends_at = time.monotonic() + duration_s
-    statuses: list[int] = []
+    answers: list[Answered] = []
 
     async def ask(client: httpx.AsyncClient) -> None:
-        while time.monotonic() < ends_at:
-            statuses.append((await post(client, f"{next(_numbers)} Hello " * 10, 1)).status_code)
+        while (asked_at := time.monotonic()) < ends_at:
+            answer = await post(client, f"{next(_numbers)} Hello " * 10, 1)
+            answers.append(Answered(asked_at, time.monotonic() - asked_at, answer.status_code))
 
     async with routed.client() as client:
         await asyncio.gather(*(ask(client) for _ in range(num_clients)))
-    return statuses
+    return answers
+
+
+def all_are_answered(answers: list[Answered], num_at_least: int) -> bool:
+    return len(answers) > num_at_least and {each.status for each in answers} == {200}
 
 
 def test_make_run_shows_a_conversation_without_and_with_a_router(
@@ -227,7 +254,7 @@ def test_make_run_shows_a_conversation_without_and_with_a_router(
 
 
 def test_a_router_that_is_killed_every_three_seconds_costs_no_request(routed: Routed) -> None:
-    async def harm() -> list[int]:
+    async def harm() -> list[Answered]:
         load = asyncio.create_task(under_load(routed, 9.5))
         for _ in range(3):
             await asyncio.sleep(2)
@@ -236,22 +263,27 @@ def test_a_router_that_is_killed_every_three_seconds_costs_no_request(routed: Ro
             routed.router = routed.start_router()
         return await load
 
-    statuses = asyncio.run(harm())
-    assert statuses.count(200) == len(statuses) > 40
+    assert all_are_answered(asyncio.run(harm()), 40)
     wait_until(lambda: "serving inference/router" in routed.router.log, 10, "the router to be back")
     assert routed.wait_until_routed() < 1
 
 
 def test_a_router_that_hangs_costs_no_request(routed: Routed) -> None:
-    async def harm() -> list[int]:
+    async def harm() -> tuple[list[Answered], float]:
         load = asyncio.create_task(under_load(routed, 3))
         await asyncio.sleep(1)
+        hangs_from = time.monotonic()
         os.kill(routed.router.pid, signal.SIGSTOP)
-        return await load
+        return await load, hangs_from
 
-    statuses = asyncio.run(harm())
-    os.kill(routed.router.pid, signal.SIGCONT)
-    assert statuses.count(200) == len(statuses) > 20
+    try:
+        answers, hangs_from = asyncio.run(harm())
+    finally:
+        os.kill(routed.router.pid, signal.SIGCONT)
+    assert all_are_answered(answers, 20)
+    before = [each.waited_s for each in answers if each.asked_at + each.waited_s < hangs_from]
+    after = [each.waited_s for each in answers if each.asked_at + each.waited_s > hangs_from]
+    assert max(after) < max(before) + 2 * ASKING_TIMEOUT_S
     assert routed.wait_until_routed() < 2
     wait_until(lambda: routed.num_booked() == 0, 2, "no bookings of those that waited in vain")
 
@@ -269,8 +301,7 @@ def test_an_engine_that_was_killed_is_not_chosen_again(routed: Routed) -> None:
         engine.kill()
         await asyncio.sleep(1)
         num_chosen = routed.num_chosen()[worker_id]
-        statuses = await load
-        assert statuses.count(200) == len(statuses) > 40
+        assert all_are_answered(await load, 40)
         return num_chosen
 
     num_after_a_second = asyncio.run(harm())
