@@ -23,8 +23,8 @@ MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
 ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
 _NUM_LOOKS = 5
-REST_S = 0.5  # of a router that has answered nobody for SILENCE_S, or keeps others waiting
-SILENCE_S = 0.25
+REST_S = 0.5  # of a router that has answered nobody for SILENCE_S
+SILENCE_S = 0.1
 _ENDING_TIMEOUT_S = 1.0
 
 
@@ -73,8 +73,7 @@ class AskRouter:
                 try:
                     return await self._book(router_id, question, instance_ids)
                 except TimeoutError as error:
-                    is_silent = time.monotonic() - self._last_answer_s > SILENCE_S  # otherwise it is only slow
-                    if is_silent or self._questions.locked():
+                    if time.monotonic() - self._last_answer_s > SILENCE_S:  # otherwise it is only slow
                         self._rest(router_id, error)
                     return None
                 except Exception as error:
