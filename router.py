@@ -20,6 +20,7 @@ import uvloop
 from common.arguments import RouterArgs, parse_router_args
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
+from common.observability.metrics import Metrics
 from common.routing.kv_blocks import block_hashes, chained_hash
 from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
@@ -28,6 +29,7 @@ from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQue
 # What a request costs beside a block that is to be computed, and what a block of its prompt does in decoding: each new
 # token takes a row of the batch, and reads the block again.
 REQUEST_WEIGHT, DECODE_WEIGHT = 1.0, 0.05
+FORGET_AFTER = 10_000  # questions in a row that do not name a worker: it has left
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class RequestHandler:
         self.policy, self.temperature = policy, temperature
         self.index, self.loads = index, loads
         self.num_choices = 0
+        self.named: set[int] = set()
 
     async def find_worker(self, request: WorkerQuestion, context: RequestContext) -> AsyncGenerator[WorkerFound, None]:
         """Yields the worker for a prompt, once; it is booked until the caller stops the stream, or is gone."""
@@ -80,10 +83,20 @@ class RequestHandler:
         chosen, num_cached_blocks = candidates[worker_id], num_cached.get(worker_id, 0)
         is_prefill = worker_id in self.index.telling and num_cached_blocks < len(hashes)  # as far as anybody will tell
         last_block = reduce(chained_hash, hashes, 0) if is_prefill else None
+        self._forget_those_gone(request.worker_ids, context.record.metrics)
         context.record.metrics.decided(worker_id, num_cached_blocks * KV_BLOCK_SIZE, time.perf_counter() - started_s)
         with chosen.load.booked(Booking(num_blocks, chosen.num_new_blocks), last_block):
             yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE)
             await context.stopped()
+
+    def _forget_those_gone(self, worker_ids: list[int], metrics: Metrics) -> None:
+        self.named.update(worker_ids)
+        if self.num_choices % FORGET_AFTER == 0:
+            for worker_id in self.loads.keys() - self.named:
+                if self.loads[worker_id].num_requests == 0:
+                    del self.loads[worker_id]
+                    metrics.forget_worker(worker_id)
+            self.named.clear()
 
     def _choose(self, candidates: dict[int, Candidate]) -> int:
         """The lowest cost wins, by lot where several have it. At a higher temperature others win now and then, too."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import router
 from common.dynamo.runtime import Context
 from common.routing import cached_blocks, kv_index
 from common.routing.cached_blocks import CachedBlocks
@@ -184,9 +185,10 @@ class Chooser:
         self.told = Told()
         self.handler = RequestHandler(policy, temperature, self.told.index, self.told.loads)
         self.open: list[AsyncGenerator[WorkerFound, None]] = []
+        self.context = request_context("router")
 
     async def choose(self, token_ids: list[int], worker_ids: list[int]) -> WorkerFound:
-        stream = self.handler.find_worker(WorkerQuestion(token_ids, worker_ids), request_context("router"))
+        stream = self.handler.find_worker(WorkerQuestion(token_ids, worker_ids), self.context)
         self.open.append(stream)
         return await anext(stream)
 
@@ -253,6 +255,28 @@ def test_an_engine_that_tells_nothing_is_never_seen_at_a_prefill() -> None:
         assert (load.num_prefill_blocks, load.num_decode_blocks) == (0, 32)
         await chooser.answer_all()
         assert load == WorkerLoad(last_chosen=1)
+
+    asyncio.run(ask())
+
+
+def test_idle_workers_that_nobody_names_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        chooser = Chooser()
+        monkeypatch.setattr(router, "FORGET_AFTER", 10)
+        metrics = chooser.context.record.metrics
+        await chooser.choose(prompt(1), [1])
+        await chooser.choose(prompt(1), [2])
+        await chooser.open[1].aclose()
+        for _ in range(20):
+            await chooser.choose(prompt(1), [3])
+        assert chooser.told.loads.keys() == {1, 3}  # one is not idle
+        assert [f'worker="{each}"' in metrics.text() for each in (1, 2, 3)] == [True, False, True]
+        await chooser.answer_all()
+        for _ in range(20):
+            await chooser.choose(prompt(1), [3])
+        assert chooser.told.loads.keys() == {3}
+        assert 'worker="1"' not in metrics.text()
+        await chooser.answer_all()
 
     asyncio.run(ask())
 

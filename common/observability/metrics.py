@@ -95,6 +95,10 @@ class Metrics:
         self.cached_prompt_tokens.inc(num_cached_tokens)
         self._decision_time.observe(duration_s)
 
+    def forget_worker(self, worker_id: int) -> None:
+        """It has left."""
+        self._decisions.remove(self.component, f"{worker_id:x}")
+
     def calls_of(self, endpoint: str, num_instances: Callable[[], int]) -> "CallMetrics":
         """The metrics of calling one endpoint."""
         self._instances.labels(self.component, endpoint).set_function(num_instances)
