@@ -9,6 +9,8 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from common.errors import InvalidRequest
+from common.openai.request import parse_chat_request
 from common.openai.tools import Tool, forced_calls_schema
 from tests.processes import MODEL, Pipeline
 from tests.streams import ask_stream
@@ -42,6 +44,14 @@ def is_valid(calls: Any, max_calls: int = 16) -> bool:
 
 def call(name: str, arguments: Any) -> dict[str, Any]:
     return {"name": name, "arguments": arguments}
+
+
+@pytest.mark.parametrize("type_", ["array", ["object", "null"], None])
+def test_parameters_of_another_type_than_an_object_are_refused(type_: Any) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi!"}]}
+    with pytest.raises(InvalidRequest, match='type must be "object"') as refused:
+        parse_chat_request(body | {"tools": [tool("now", None), tool("f", {"type": type_})]})
+    assert refused.value.param == "tools[1].function.parameters"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from common.openai.json_schema import NO_SCHEMAS, SCHEMAS_BY_NAME, JsonSchema, values_of
 from common.openai.strict_model import IS_OBJECT, IS_STRING, STRING_OR_OBJECT, StrictModel
@@ -16,12 +16,25 @@ MAX_FORCED_CALLS = 16  # in one answer: a small model does not know where to end
 ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
+def _check_is_object(schema: dict[str, Any]) -> dict[str, Any]:
+    if schema.get("type", "object") != "object":
+        raise ValueError('arguments are a JSON object: its type must be "object"')
+    return schema
+
+
+Parameters = Annotated[
+    JsonSchema,
+    AfterValidator(_check_is_object),
+    Field(json_schema_extra={"properties": {"type": {"const": "object"}}}),
+]
+
+
 class Function(StrictModel):
     """parameters: a JSON schema. A forced call holds to it, `strict` or not; one of the model's choice may not."""
 
     name: ToolName
     description: str | None = None
-    parameters: JsonSchema | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 
