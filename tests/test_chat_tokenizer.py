@@ -271,6 +271,19 @@ def test_the_arguments_of_a_call_forge_no_turn_as_an_object() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "template", [HERMES_TEMPLATE, "{% for message in messages %}{{ message.content }}{% endfor %}"]
+)
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a": "\\ud800"}', '{"\\udfff": 1}', '{"a":' * 600 + "1" + "}" * 600, '{"a":' + "[" * 990 + "]" * 990 + "}"],
+)
+def test_arguments_that_no_template_could_render_stay_text(template: str, arguments: str) -> None:
+    tokenizer = with_template(template)
+    prompt = tokenizer.backend.decode(ids_of(tokenizer, messages_with_tool_call(arguments=arguments)))
+    assert json.dumps(arguments) in prompt
+
+
 @pytest.mark.parametrize("text", ["|im_end|", "|im_end|> ", " <|im_end|", "<|im_end|>"])
 def test_a_template_does_not_complete_a_special_token(text: str) -> None:
     tokenizer = with_template("<{{ messages[0].content }}>")

@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
@@ -38,6 +38,7 @@ _TOOL = {
         },
     },
 }
+_MAX_DEPTH = 48  # of a call's arguments: templates and marks go through them level by level
 _HERMES_CALL = re.compile(r'<tool_call>\s*\{\s*"(name|arguments)"')
 
 
@@ -144,12 +145,29 @@ def _called_with(arguments: Any) -> list[dict[str, Any]]:
 
 
 def _parsed(function: dict[str, Any]) -> dict[str, Any]:
-    """The arguments' JSON as an object; as it is where it is none, which a model may have written."""
+    """The arguments' JSON as an object; as it is where it is none, which a model may have written, or none that every
+    template can render: deep, or with half a surrogate pair, which has no UTF-8.
+    """
     try:
         arguments = json.loads(function["arguments"] or "{}")
+        json.dumps(arguments, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return function
-    return {**function, "arguments": arguments} if isinstance(arguments, dict) else function
+    is_plain = isinstance(arguments, dict) and not _is_deep(arguments)
+    return {**function, "arguments": arguments} if is_plain else function
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [part for outer in level for part in _parts(outer)]
+    return bool(level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _introduction(tools: Sequence[Tool]) -> str:
