@@ -1,5 +1,6 @@
 """What a model thinks, told from what it answers: any cut of the text gives the same, and SGLang's parser agrees."""
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -84,6 +85,26 @@ def test_thoughts_come_as_they_are_made() -> None:
     assert [reader.push(piece).reasoning_content for piece in ("<think>", "\nI ", "think", " </th", "ing")] == [
         "", "I", " think", "", " </thing",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", ["", "<think>", "<think>a", "<think>a</think>"])
+@pytest.mark.parametrize("pieces", [[" " * 1_000_000], [" "] * 200_000], ids=["at once", "one by one"])
+@pytest.mark.parametrize("is_open", [False, True])
+def test_no_white_space_stalls(is_open: bool, pieces: list[str], before: str) -> None:
+    """In CPU time; one by one it took 23 s."""
+    started = time.process_time()
+    read([before, *pieces], is_open=is_open)
+    assert time.process_time() - started < 4
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("num_spaces", [98, 99, 100, 300])
+def test_any_cut_of_much_white_space_gives_the_same(num_spaces: int, is_open: bool) -> None:
+    space = "\n" * num_spaces
+    text = f"{space}<think>{space}a{space}<{space}b{space}</think>{space}c{space}"
+    whole = read([text], is_open=is_open)
+    assert read(list(text), is_open=is_open) == whole
+    assert read([text[at : at + 7] for at in range(0, len(text), 7)], is_open=is_open) == whole
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Tool calls read from a model's text: any cut of the text gives the same, and SGLang's parser agrees."""
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -177,8 +178,51 @@ def test_a_call_that_is_cut_off_is_no_finished_call() -> None:
     assert not found.has_called
 
 
-def test_white_space_without_an_end_does_not_stall() -> None:
-    reader = hermes_reader(NAMES)
-    for _ in range(20_000):
-        reader.push("    ")
-    assert reader.flush().content
+@pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
+@pytest.mark.parametrize(
+    "pieces", [[" " * 1_000_000], [" "] * 100_000, [" " * 99 + "<"] * 10_000, ["<tool_call> "] * 9999]
+)
+def test_no_white_space_stalls(reader: Callable[[Iterable[str]], ToolCallReader], pieces: list[str]) -> None:
+    """In CPU time; a million at once took 5 s."""
+    started = time.process_time()
+    assert read(reader(NAMES), pieces).content == "".join(pieces)
+    assert time.process_time() - started < 4
+
+
+def test_a_long_object_that_is_no_call_yet_does_not_stall() -> None:
+    """It took 18 s, and grew with the square of the length."""
+    started = time.process_time()
+    pieces = ["<tool_call>{", *["word "] * 200_000]
+    assert read(hermes_reader(NAMES), pieces).content == "".join(pieces)
+    assert time.process_time() - started < 6
+
+
+@pytest.mark.parametrize("num_spaces", [98, 99, 100, 300])
+@pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
+def test_any_cut_of_much_white_space_gives_the_same(
+    reader: Callable[[Iterable[str]], ToolCallReader], num_spaces: int
+) -> None:
+    space = " " * num_spaces
+    text = f"a{space}<tool_call>{space}{ROME}{space}</tool_call>b{space}[{ROME},{space}{ROME}{space}]{space}<tool_call>"
+    whole = read(reader(NAMES), [text])
+    for pieces in (list(text), [text[at : at + 7] for at in range(0, len(text), 7)]):
+        found = read(reader(NAMES), pieces)
+        assert (found.content, found.calls) == (whole.content, whole.calls)
+    assert whole.content.startswith("a" + " " * max(0, num_spaces - 99))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [('{"a": "\\ud800"}', '{"a": "\\ud800"}'), ('{"a": "\\ud83d\\udc4d \\u00e9"}', '{"a": "👍 é"}')],
+)
+def test_rewritten_arguments_are_json_in_utf_8(arguments: str, expected: str) -> None:
+    for value in (arguments, json.dumps(arguments)):
+        found = read(hermes_reader(NAMES), [f'<tool_call>{{"arguments": {value}, "name": "f"}}</tool_call>'])
+        assert found.calls == [("f", expected)]
+        assert json.loads(expected.encode()) == json.loads(arguments)
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_call_with_a_number_that_json_does_not_have_is_content_where_it_would_be_rewritten(number: str) -> None:
+    text = f'<tool_call>{{"arguments": {{"a": {number}}}, "name": "f"}}</tool_call>'
+    assert (read(hermes_reader(NAMES), [text]).calls, read(hermes_reader(NAMES), [text]).content) == ([], text)

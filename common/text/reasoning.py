@@ -1,6 +1,5 @@
 """What a model thinks before it answers, `<think>...</think>`, read as it is written."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -8,12 +7,11 @@ from enum import Enum, auto
 from tokenizers import Tokenizer
 
 from common.text.detokenizer import special_token_ids
-from common.text.tool_calls import SPACE, TextReader, prefixes_of
+from common.text.tool_calls import MAX_SPACE, SpacedTags, TextReader
 from common.wire import ProcessorChunk
 
 OPENING, CLOSING = "<think>", "</think>"
-_CLOSING = re.compile(SPACE + CLOSING)
-_UNFINISHED_CLOSING = re.compile(rf"{SPACE}(?:{prefixes_of(CLOSING)})?\Z")
+_CLOSING = SpacedTags([CLOSING])
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class ReasoningReader:
     """Tells thoughts from the answer, which another reader reads: any cut of a text gives the same.
 
     is_open: the text begins within thoughts, as where the prompt ends with "<think>". Otherwise one that does not begin
-    with that has no thoughts. White space around thoughts is dropped. has_thought: whether there are any.
+    with that, behind 99 white-space characters at most, has no thoughts. White space around thoughts is dropped.
+    has_thought: whether there are any.
     """
 
     def __init__(self, answer: TextReader, *, is_open: bool, closing_id: int | None = None) -> None:
@@ -75,8 +74,9 @@ class ReasoningReader:
             self._look_for_opening()
         if self._place is _Place.THOUGHTS:
             chunk.reasoning_content = self._thoughts()
-        if self._place is _Place.BEHIND_THOUGHTS and (held := self._held.lstrip()):
-            self._held, self._place = held, _Place.ANSWER
+        if self._place is _Place.BEHIND_THOUGHTS:
+            self._held = self._held.lstrip()
+            self._place = _Place.ANSWER if self._held else _Place.BEHIND_THOUGHTS
         if self._place is _Place.ANSWER:
             chunk.add(self._answer.push(self._held))
             self._held = ""
@@ -104,9 +104,10 @@ class ReasoningReader:
 
     def _look_for_opening(self) -> None:
         begun = self._held.lstrip()
-        if begun.startswith(OPENING):
+        is_near = len(self._held) - len(begun) <= MAX_SPACE
+        if is_near and begun.startswith(OPENING):
             self._held, self.has_thought = begun.removeprefix(OPENING), True
-        elif OPENING.startswith(begun):
+        elif is_near and OPENING.startswith(begun):
             return
         self._place = _Place.THOUGHTS if self.has_thought else _Place.ANSWER
 
@@ -115,10 +116,8 @@ class ReasoningReader:
         if self._is_before_first_word:
             self._held = self._held.lstrip()
             self._is_before_first_word = not self._held
-        closing = _CLOSING.search(self._held)
-        stop = closing or _UNFINISHED_CLOSING.search(self._held)
-        assert stop is not None  # the second pattern matches nothing at the end, at least
-        thoughts, self._held = self._held[: stop.start()], self._held[stop.start() :]
-        if closing is not None:
-            self._held, self._place = self._held.removeprefix(closing[0]), _Place.BEHIND_THOUGHTS
+        start, end = _CLOSING.find(self._held)
+        thoughts, self._held = self._held[:start], self._held[start if end is None else end :]
+        if end is not None:
+            self._place = _Place.BEHIND_THOUGHTS
         return thoughts

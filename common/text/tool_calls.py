@@ -5,22 +5,25 @@
 
 A reader is pushed pieces of text and says what they complete: any cut of a text gives the same content and the same
 calls. A call's name comes first, once it is that of a tool, then its arguments as the model writes them, character
-for character. What only looks like a call is content, unchanged. White space around calls is dropped.
+for character, be they JSON or not (NaN). What only looks like a call is content, unchanged. White space around calls
+is dropped.
 """
 
 import json
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from functools import reduce
 from typing import Any, Protocol
 
 from common.wire import ProcessorChunk, ToolCallDelta
 
 # White space is bounded here, so that no text makes a search slow.
-SPACE = r"\s{0,99}"
+MAX_SPACE = 99
+SPACE = rf"\s{{0,{MAX_SPACE}}}"
 _BEGINNING = re.compile(
     rf'\{{{SPACE}"name"{SPACE}:{SPACE}"([\w-]{{1,64}})"{SPACE},{SPACE}"(?:arguments|parameters)"{SPACE}:{SPACE}(?={{)'
 )
+_MAX_BEGINNING = 1000  # characters: more than the pattern can match
 
 
 class TextReader(Protocol):
@@ -49,16 +52,39 @@ class PlainTextReader:
         return ProcessorChunk()
 
 
+class SpacedTags:
+    """Finds the first of some tags in a text that grows, with the white space before it.
+
+    behind: a pattern of what belongs to a tag. The time for a search is linear in the text.
+    """
+
+    def __init__(self, tags: Sequence[str], behind: str = "") -> None:
+        self._tag = re.compile(f"(?:{'|'.join(map(re.escape, tags))}){behind}")
+        self._unfinished = re.compile(rf"(?:{'|'.join(map(_prefixes_of, tags))})\Z")
+        self._max_unfinished = max(map(len, tags)) + MAX_SPACE
+
+    def find(self, text: str) -> tuple[int, int | None]:
+        """Where it begins and ends. Without an end: one may begin there, at the latest at the end of the text."""
+        if tag := self._tag.search(text):
+            return _with_space_before(text, tag.start()), tag.end()
+        unfinished = self._unfinished.search(text, max(0, len(text) - self._max_unfinished))
+        return _with_space_before(text, unfinished.start() if unfinished else len(text)), None
+
+
+def _with_space_before(text: str, position: int) -> int:
+    before = text[max(0, position - MAX_SPACE) : position]
+    return position - len(before) + len(before.rstrip())
+
+
 class ToolCallReader:
     """Reads calls one after the other, and what is around them.
 
     names: of the tools there are. openings: what comes before a call's brace. closing: what comes behind a call.
     """
 
-    def __init__(self, names: Iterable[str], openings: Iterable[str], closing: str) -> None:
+    def __init__(self, names: Iterable[str], openings: Sequence[str], closing: str) -> None:
         self._names = frozenset(names)
-        self._opening = re.compile(rf"{SPACE}(?:{'|'.join(map(re.escape, openings))}){SPACE}(?={{)")
-        self._unfinished_opening = re.compile(rf"{SPACE}(?:{'|'.join(map(prefixes_of, openings))})?\Z")
+        self._openings = SpacedTags(openings, behind=SPACE + "(?={)")
         self._closing = closing
         self._held = self._opened_by = ""
         self._call: _Call | None = None
@@ -95,15 +121,13 @@ class ToolCallReader:
                 return True
             if self._closing.startswith(self._held):
                 return False
-        opening = self._opening.search(self._held)
-        stop = opening or self._unfinished_opening.search(self._held)
-        assert stop is not None  # the second pattern matches nothing at the end, at least
-        self._add_content(self._held[: stop.start()], chunk)
-        self._held = self._held[stop.start() :]
-        if opening is not None:
-            self._opened_by, self._held = opening[0], self._held[len(opening[0]) :]
+        start, end = self._openings.find(self._held)
+        self._add_content(self._held[:start], chunk)
+        if end is not None:
+            self._opened_by = self._held[start:end]
             self._call = _Call(self._num_calls, self._names)
-        return opening is not None
+        self._held = self._held[start if end is None else end :]
+        return end is not None
 
     def _read_call(self, call: "_Call", chunk: ProcessorChunk) -> bool:
         """Up to the end of the call, and whether there is one."""
@@ -133,7 +157,7 @@ def forced_calls_reader(names: Iterable[str]) -> ToolCallReader:
     return ToolCallReader(names, ["[", ","], "]")
 
 
-def prefixes_of(text: str) -> str:
+def _prefixes_of(text: str) -> str:
     """A pattern for the beginnings of a text, and for white space behind the whole of it."""
     return reduce(lambda rest, character: f"{re.escape(character)}(?:{rest})?", reversed(text), SPACE)
 
@@ -149,15 +173,22 @@ class _Call:
         self._index, self._names = index, names
         self._brackets = _Brackets()
         self._are_arguments_ended = False
-        self.text = ""
+        self._pieces: list[str] = []
+        self._num_characters = 0
         self.is_begun = self.is_ended = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
     def push(self, text: str, chunk: ProcessorChunk) -> str:
         """Adds what the text completes to the chunk, and returns the text behind the call."""
         if self.is_begun:
             return self._push_arguments(text, chunk)
-        self.text += text
-        if (beginning := _BEGINNING.match(self.text)) and beginning[1] in self._names:
+        may_begin = self._num_characters < _MAX_BEGINNING
+        self._pieces.append(text)
+        self._num_characters += len(text)
+        if may_begin and (beginning := _BEGINNING.match(self.text)) and beginning[1] in self._names:
             self._begin(beginning[1], chunk)
             self._brackets = _Brackets(depth=1)
             return self._push_arguments(self.text[beginning.end() :], chunk)
@@ -179,7 +210,7 @@ class _Call:
     def _push_until_end(self, text: str, chunk: ProcessorChunk) -> str:
         """An object with its keys in another order, or another object: only its end shows what it is."""
         _, behind, self.is_ended = self._brackets.cut(text, depth=0)
-        self.text = self.text[: len(self.text) - len(behind)]
+        self._pieces[-1] = text.removesuffix(behind)
         name, arguments = _name_and_arguments(self.text) if self.is_ended else ("", "")
         if name in self._names:
             self._begin(name, chunk)
@@ -188,14 +219,18 @@ class _Call:
 
 
 def _name_and_arguments(text: str) -> tuple[str, str]:
-    """Of a whole call; both "" where it is none. Some models write the arguments' JSON as a string, or leave it out."""
+    """Of a whole call; both "" where it is none, or has a number that JSON does not (NaN). Some models write the
+    arguments' JSON as a string, or leave it out.
+    """
     try:
         call: Any = json.loads(text)
         arguments = call.get("arguments", call.get("parameters")) or {}
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
         if isinstance(arguments, dict) and isinstance(call["name"], str):
-            return call["name"], json.dumps(arguments, ensure_ascii=False)
+            written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            # Half a surrogate pair has no UTF-8. Python's escape of it is that of JSON.
+            return call["name"], written.encode(errors="backslashreplace").decode()
     except (ValueError, AttributeError, KeyError, RecursionError):
         pass
     return "", ""
