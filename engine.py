@@ -8,7 +8,6 @@ of it; each request becomes one call of `async_generate`, and whoever stops wait
 With --kv-events it also serves `inference/engine/kv_events`, which tells routers what is cached, and each change of it.
 """
 
-import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -42,14 +41,12 @@ async def worker(runtime: DistributedRuntime, engine: SGLangEngine) -> None:
     component = runtime.namespace("inference").component("engine")
     await component.create_service()
     handler = RequestHandler(engine)
-    generate = service(handler.generate, description=engine.description)
-    endpoints = [component.endpoint("generate").serve_endpoint(generate)]
-    if engine.cache_events is not None:
+    if engine.cache_events is not None:  # --kv-events: tells routers what is cached here
         await engine.cache_events.connect()
         runtime.run_in_background(engine.cache_events.follow())
         kv_events = component.endpoint("kv_events")
-        endpoints.append(kv_events.serve_endpoint(engine.cache_events.cached.events, graceful_shutdown=False))
-    await asyncio.gather(*endpoints)
+        runtime.run_in_background(kv_events.serve_endpoint(engine.cache_events.cached.events, graceful_shutdown=False))
+    await component.endpoint("generate").serve_endpoint(service(handler.generate, description=engine.description))
 
 
 if __name__ == "__main__":

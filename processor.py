@@ -83,16 +83,16 @@ class RequestHandler:
 
 @dynamo_worker(static=False)
 async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: ChatTokenizer) -> None:
-    namespace = runtime.namespace("inference")
-    client = await namespace.component("engine").endpoint("generate").client()
+    client = await runtime.namespace("inference").component("engine").endpoint("generate").client()
+    router_client = await runtime.namespace("inference").component("router").endpoint("find_worker").client()
     engines = EngineDirectory(client, tokenizer.model)
     metrics = await runtime.metrics("processor")
     # Calls another engine when one fails, which goes on where the first one broke.
     engine_client = FailoverClient(client, engines, ENGINE_ANSWERS, metrics, CallLimits(wait_s=args.engine_wait_s))
     # Which engine, says the router, where there is one.
-    engine_client.choose = AskRouter(await namespace.component("router").endpoint("find_worker").client())
+    engine_client.choose = AskRouter(router_client)
 
-    component = namespace.component("processor")
+    component = runtime.namespace("inference").component("processor")
     await component.create_service()
     description = ProcessorDescription(args.model_names, created=int(time.time()), root=args.model)
     handler = RequestHandler(engine_client, engines, tokenizer, description)

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.processes import MODEL
-from tests.routers import Told
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -229,6 +228,7 @@ def cache_events() -> dict[str, Any]:
 
     from common.dynamo.runtime import Context
     from common.sglang.cache_events import CacheEvents, kv_events_config
+    from tests.routers import Told
 
     def stored(medium: str | None, num: int = 100) -> list[Any]:
         return [BlockStored([-at - 1], -at if at else None, [at], 1, None, medium) for at in range(num)]

@@ -55,6 +55,7 @@ class Connection:
         task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        task.add_done_callback(_log_failure)
 
     async def connect(self) -> None:
         """Wait for etcd and NATS, then open a runtime.
@@ -156,3 +157,8 @@ class Connection:
             self.raw.shutdown()
             await asyncio.wait((self.worker_task,), timeout=_SHUTDOWN_TIMEOUT_S)
             self.worker_task.cancel()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("what ran in the background ended: %s", error, exc_info=error)
