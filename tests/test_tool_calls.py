@@ -197,6 +197,14 @@ def test_a_long_object_that_is_no_call_yet_does_not_stall() -> None:
     assert time.process_time() - started < 6
 
 
+@pytest.mark.parametrize(("reader", "part"), [("forced", "[{}"), ("hermes", '<tool_call>{"name": "f"}')])
+def test_many_calls_in_one_piece_do_not_stall(reader: str, part: str) -> None:
+    """The time grew with the square of their number."""
+    started = time.process_time()
+    READERS[reader](NAMES).push((part + "x" * 60) * 40_000)
+    assert time.process_time() - started < 5
+
+
 @pytest.mark.parametrize("num_spaces", [98, 99, 100, 300])
 @pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
 def test_any_cut_of_much_white_space_gives_the_same(

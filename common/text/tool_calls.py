@@ -24,6 +24,7 @@ _BEGINNING = re.compile(
     rf'\{{{SPACE}"name"{SPACE}:{SPACE}"([\w-]{{1,64}})"{SPACE},{SPACE}"(?:arguments|parameters)"{SPACE}:{SPACE}(?={{)'
 )
 _MAX_BEGINNING = 1000  # characters: more than the pattern can match
+_MAX_PIECE = 4096  # characters
 
 
 class TextReader(Protocol):
@@ -97,7 +98,13 @@ class ToolCallReader:
 
     def push(self, text: str) -> ProcessorChunk:
         chunk = ProcessorChunk()
-        self._held += text
+        for start in range(0, len(text), _MAX_PIECE):  # each call in a piece copies the rest of it
+            chunk.add(self._read(text[start : start + _MAX_PIECE]))
+        return chunk
+
+    def _read(self, piece: str) -> ProcessorChunk:
+        chunk = ProcessorChunk()
+        self._held += piece
         is_more = True
         while is_more:
             is_more = self._read_text(chunk) if self._call is None else self._read_call(self._call, chunk)
