@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +21,15 @@ TURNS = (
 MAX_TOKENS = 12
 
 
-def show_conversations(settings: Settings, start_router: Callable[[], None]) -> None:
-    """The same conversation about two places, so that none finds what the other one left."""
+def show_turns_of_engines(settings: Settings) -> None:
+    """A conversation before there is a router."""
     say(f"\nrun: a conversation with {settings.num_engines} engines; its second turn brings a long text")
     say("run: seconds to the first token       turn 1   turn 2   turn 3")
     say(_row("engines take turns", conversation(settings, "mill")))
-    start_router()
+
+
+def show_choices_of_the_router(settings: Settings) -> None:
+    """The same one about another place, so that it finds nothing that the first one left."""
     say(_row("a router chooses", conversation(settings, "lighthouse")))
     say("run: the third turn repeats all before it; the engine that answered the second one has that in its cache,")
     say("run: and the router knows which one it was\n")

@@ -8,10 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 
 from launch.command import LaunchError, run_command, say
-from launch.conversation import show_conversations
+from launch.conversation import show_choices_of_the_router, show_turns_of_engines
 from launch.first_question import fetch, show_answer
 from launch.infra import require_given_servers, server_programs
 from launch.logs import current_phase, show_new_lines, shown
@@ -84,25 +83,24 @@ def engine_name(number: int) -> str:
 
 async def show_router(settings: Settings, supervisor: Supervisor, router: Program) -> None:
     """A conversation before the router is there, and one after."""
-    loop = asyncio.get_running_loop()
-
-    def start_router() -> None:
-        loop.call_soon_threadsafe(supervisor.start, router)
-        wait_until_logged(supervisor.log_file(router.name), "serving inference/router/find_worker")
-
-    await asyncio.to_thread(show_conversations, settings, start_router)
+    await asyncio.to_thread(show_turns_of_engines, settings)
+    supervisor.start(router)
+    await wait_until_logged(supervisor, router.name, "serving inference/router/find_worker")
+    await asyncio.to_thread(show_choices_of_the_router, settings)
 
 
-def wait_until_logged(log: Path, words: str) -> None:
+async def wait_until_logged(supervisor: Supervisor, name: str, words: str) -> None:
     """Raises:
-    LaunchError: not within ROUTER_START_S.
+    LaunchError: the program keeps dying, or has not said so within ROUTER_START_S.
     """
+    log = supervisor.log_file(name)
     deadline = time.monotonic() + ROUTER_START_S
-    while not (log.exists() and words in log.read_text(errors="replace")):
+    while words not in log.read_text(errors="replace"):
+        supervisor.require_alive()
         if time.monotonic() > deadline:
             raise LaunchError(f"{shown(log)} does not say: {words}")
-        time.sleep(POLL_S)
-    time.sleep(POLL_S)  # until processors have heard of it
+        await asyncio.sleep(POLL_S)
+    await asyncio.sleep(POLL_S)  # until processors have heard of it
 
 
 async def wait_until_ready(supervisor: Supervisor, settings: Settings) -> None:

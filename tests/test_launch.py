@@ -22,7 +22,7 @@ from launch import control, first_question, logs, model, program, supervisor
 from launch.command import LaunchError
 from launch.model import MANIFEST_FILE
 from launch.program import Program
-from launch.run import component_programs
+from launch.run import component_programs, wait_until_logged
 from launch.settings import Settings
 from launch.supervisor import Supervisor
 from tests.processes import ROOT, Infra, accepts, free_port
@@ -279,6 +279,17 @@ class TestSupervisor:
         async with supervised(tmp_path, good=UP + SLEEPS, bad="raise SystemExit('no such model')") as programs:
             with pytest.raises(LaunchError, match=last_words):
                 await until(lambda: programs.require_alive() is not None)
+
+    async def test_nobody_waits_for_the_words_of_a_program_that_keeps_dying(self, tmp_path: Path) -> None:
+        async with supervised(tmp_path, bad="raise SystemExit('no such model')") as programs, asyncio.timeout(20):
+            with pytest.raises(LaunchError, match=r"(?s)bad keeps dying.*no such model"):
+                await wait_until_logged(programs, "bad", "serving")
+
+    async def test_waiting_for_a_programs_words_can_be_cancelled(self, tmp_path: Path) -> None:
+        async with supervised(tmp_path, good=UP + SLEEPS) as programs:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await wait_until_logged(programs, "good", "serving")
 
     async def test_each_may_drain_and_the_last_is_stopped_first(self, tmp_path: Path) -> None:
         drains = (

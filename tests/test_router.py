@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from common.routing.ask_router import ASKING_TIMEOUT_S
-from launch.conversation import show_conversations
+from launch.conversation import show_choices_of_the_router, show_turns_of_engines
 from launch.settings import Settings
 from tests.processes import MODEL, Infra, Pipeline, Process, free_port, wait_until
 
@@ -239,13 +239,12 @@ def test_make_run_shows_a_conversation_without_and_with_a_router(
     routed: Routed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     routed.router.kill()
-
-    def start_router() -> None:
-        routed.router = routed.start_router()
-        routed.wait_until_routed()
-
     environ = {"HTTP_PORT": str(routed.pipeline.http_port), "MODEL": MODEL, "ENGINES": str(NUM_ENGINES)}
-    show_conversations(Settings.from_environ(environ), start_router)
+    settings = Settings.from_environ(environ)
+    show_turns_of_engines(settings)
+    routed.router = routed.start_router()
+    routed.wait_until_routed()
+    show_choices_of_the_router(settings)
     shown = capsys.readouterr().out
     assert re.search(r"^run: engines take turns +(\d+\.\d\d *){3}", shown, re.MULTILINE)
     by_turns, routed_ones = [int(num) for num in re.findall(r"(\d+) of \d+ tokens cached$", shown, re.MULTILINE)]
