@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import httpx
 import pytest
 
 from tests.hosts import INTERFACE, Host, Hosts, why_no_hosts
 from tests.load import Load, chat, streamed_text
-from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
+from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, free_port, running, wait_until
 
 pytestmark = [pytest.mark.hosts, pytest.mark.process, pytest.mark.needs("ip", "ss")]
 
@@ -142,6 +143,32 @@ def test_a_host_without_its_cable_fails_no_request_and_serves_again_with_it(depl
     assert load.slowest_s < NOTICED_S + 5
     assert engine.pid == pid
     assert engine.is_alive
+
+
+def test_nothing_stays_booked_for_a_processor_without_its_cable(deployment: Deployment) -> None:
+    pipeline, lost = deployment.pipeline, deployment.by_name["processor"]
+    port = free_port()
+    router = deployment.start("infra", "router.py", DYN_SYSTEM_PORT=str(port), DYN_SYSTEM_HOST="0.0.0.0")
+    metrics_url = f"http://{deployment.by_name['infra'].address}:{port}/metrics"
+
+    def num_booked() -> float:
+        text = httpx.get(metrics_url, timeout=2).text
+        return sum(map(float, re.findall(r"^dynamo_chat_requests_in_flight{.*} (\S+)$", text, re.MULTILINE)))
+
+    wait_until(lambda: "serving inference/router" in router.log, 60, "the router")
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(chat, pipeline, max_tokens=1000)  # takes 30 s
+        wait_until(lambda: num_booked() == 1, 20, "a booking")
+        deployment.hosts.cut_off(lost)
+        try:
+            took_s = wait_until(lambda: num_booked() == 0, NOTICED_S + 2, "no bookings")
+        finally:
+            deployment.hosts.reconnect(lost)
+        answer.exception(90)
+    print(f"not booked {took_s:.1f} s after the cable was pulled")
+    assert router.terminate() == 0
+    pipeline.processes.remove(router)
+    pipeline.wait_ready(engines=2)
 
 
 def test_an_interface_that_dynamo_cannot_use_is_refused_with_a_way_out(deployment: Deployment) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from common.dynamo import releases
-from common.dynamo.network import choose_response_address
+from common.dynamo.network import choose_response_address, keep_detecting_dead_peers
 from common.dynamo.servers import ServersMissing, check_access, wait_for_servers
 from common.observability.metrics import Metrics
 
@@ -120,6 +120,8 @@ class Connection:
 
     def serving(self, path: str, raw_endpoint: Any) -> None:
         """Remember what has to leave etcd when the process stops."""
+        if not self._served:
+            self.run_in_background(keep_detecting_dead_peers())
         self._served[path] = raw_endpoint
 
     def request_stop(self) -> None:

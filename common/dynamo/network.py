@@ -1,5 +1,6 @@
 """The sockets under Dynamo: where answers come in, noticing that a machine is gone, what NATS carries."""
 
+import asyncio
 import ipaddress
 import os
 import socket
@@ -22,6 +23,7 @@ _IP = (socket.AF_INET, socket.AF_INET6)
 # Keepalive: the other end's kernel answers, however busy or stopped its process is. Silent for 3 s, then three
 # questions in 6 s.
 IDLE_S, INTERVAL_S, NUM_PROBES = 3, 2, 3
+_LOOK_S = 3.0
 # Dynamo's own words around a request count for NATS, not for its client: it sends what NATS then refuses.
 _HEADERS_BYTES = 1024
 
@@ -103,6 +105,14 @@ def detect_dead_peers() -> None:
                     tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, IDLE_S)
                     tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL_S)
                     tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, NUM_PROBES)
+
+
+async def keep_detecting_dead_peers() -> None:
+    """For one that serves: it opens a connection for each answer, which may carry nothing for as long as it is open."""
+    while True:
+        with suppress(OSError):  # too many files are open
+            await asyncio.to_thread(detect_dead_peers)
+        await asyncio.sleep(_LOOK_S)
 
 
 async def too_large_for_nats(request: dict[str, Any], error: Exception) -> RequestTooLarge | None:
