@@ -62,12 +62,13 @@ class RequestHandler:
         choices = [Choice(self.tokenizer, request, token_ids, index, max_tokens) for index in range(request.n)]
         answers = [self._answer(choice, context) for choice in choices]
         num_unfinished = request.n
-        async with aclosing(merged(answers)) as chunks:
-            async for chunk in chunks:
-                num_unfinished -= chunk.finish_reason is not None
-                if not num_unfinished or request.is_usage_continuous:  # the last chunk of all, or each
-                    chunk.usage = usage_of(len(token_ids), choices)
-                yield chunk
+        with request.naming_own_fields():
+            async with aclosing(merged(answers)) as chunks:
+                async for chunk in chunks:
+                    num_unfinished -= chunk.finish_reason is not None
+                    if not num_unfinished or request.is_usage_continuous:  # the last chunk of all, or each
+                        chunk.usage = usage_of(len(token_ids), choices)
+                    yield chunk
 
     async def _answer(self, choice: Choice, context: RequestContext) -> AsyncGenerator[ProcessorChunk, None]:
         """One of the `n` answers: an engine call of its own, and the text that comes of it."""

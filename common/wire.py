@@ -33,6 +33,7 @@ InstanceId = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
 Moment = Annotated[int, Meta(ge=0, lt=2**53)]
 DESCRIBE: dict[str, Any] = {"describe": True}
 KV_BLOCK_SIZE = 16  # tokens: what routers count caches and prompts in
+SCHEMA_PARAM = "sampling_options.json_schema"  # as an engine's error names it, which knows no client's fields
 MAX_CALLS = 1024  # of one worker for one request, all choices and attempts counted
 
 

@@ -141,6 +141,8 @@ def gathering() -> dict[str, Any]:
 def grammars() -> dict[str, Any]:
     """The scheduler's grammars as our plugin has them, on the embedded model's tokenizer."""
     from sglang.srt.constrained.grammar_manager import GrammarManager
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
 
     from common.sglang.engine_args import parse_engine_args
 
@@ -195,6 +197,18 @@ def grammars() -> dict[str, Any]:
             pass
         return request.errors or request.grammar.ll_matcher.compute_ff_bytes().decode()
 
+    def reasons() -> Iterator[str]:
+        """Of requests that end: by an abort, and because their grammar does not take the next token, or the first."""
+        results = SchedulerBatchResultProcessor.__new__(SchedulerBatchResultProcessor)
+        brace, letter = (first.llguidance_tokenizer.tokenize_str(text)[0] for text in "{x")
+        for to_finish, token_id in ((FINISH_ABORT(), brace), (None, letter)):
+            request = SimpleNamespace(rid="a", grammar=first.copy(), to_finish=to_finish, finished=lambda: False)
+            results._accept_grammar_tokens(request, token_id)
+            yield request.to_finish.message
+        request = SimpleNamespace(rid="a", grammar=first.copy(), to_finish=None, finished=lambda: False)
+        results._apply_prefill_grammar(req=request, next_token_id=letter)
+        yield request.to_finish.message
+
     mask = first.allocate_vocab_mask(49152, 2, "cpu").zero_()
     message = why_given_up('{"$ref": "#"}')
     failing_masks = [bool((row == -1).all()) for row in mask]
@@ -207,6 +221,7 @@ def grammars() -> dict[str, Any]:
         "continued": [continued('{"ab', is_cached=False), continued('{"a', is_cached=True)],
         "not_continued": continued("[", is_cached=True),
         "message": message,
+        "reasons": list(reasons()),
         "slow_pattern": why_given_up('{"type": "string", "pattern": "(.{0,50}a.{0,50}b){1,50}"}'),
         "invalid": compiled('{"type": 5}').error_message,
         "num_cached": len(backend.cache),

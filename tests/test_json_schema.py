@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, from_wire
 from common.openai.json_schema import check_ends, schema_text
 from common.openai.request import parse_chat_request
 from common.text.grammar_check import why_no_grammar
+from common.wire import SCHEMA_PARAM
 
 MAX_S = 0.5
 
@@ -201,6 +202,21 @@ def test_formats_without_a_schema_of_their_own(response_format: Any, schema: Any
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "response_format": response_format}
     text = parse_chat_request(body).answer_schema
     assert (text and msgspec.json.decode(text)) == schema
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (asked_with({}), "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_what_an_engine_says_of_a_schema_names_the_field_that_the_client_sent(fields: Any, param: str) -> None:
+    request = parse_chat_request({"model": "m", "messages": [{"role": "user", "content": "x"}]} | fields)
+    with pytest.raises(InvalidRequest) as caught, request.naming_own_fields():
+        raise from_wire(InvalidRequest("No grammar.", param=SCHEMA_PARAM).to_wire()["error"])
+    assert caught.value.param == param
 
 
 KEYWORDS = (

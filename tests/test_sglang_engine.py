@@ -16,7 +16,8 @@ from common.dynamo.context import RequestContext
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sglang.engine import SGLangEngine
 from common.sglang.stream_pace import Output, StreamPace
-from common.wire import EngineDescription, EngineRequest, OutputOptions, SamplingOptions, StopConditions
+from common.text.grammar_check import GRAMMAR_FAILED
+from common.wire import SCHEMA_PARAM, EngineDescription, EngineRequest, OutputOptions, SamplingOptions, StopConditions
 from tests.contexts import request_context
 
 FOREVER = 1_000_000
@@ -151,7 +152,8 @@ def test_an_abort_is_the_error_that_its_status_code_says(
     ("status_code", "message", "kind"),
     [
         (400, "Failed to compile json grammar: Invalid type: text", InvalidRequest),
-        (None, "Aborted", InvalidRequest),  # all that SGLang says where a grammar fails midway
+        (None, GRAMMAR_FAILED, InvalidRequest),
+        (None, "Aborted", Aborted),
         (500, "Out of memory", Aborted),
     ],
 )
@@ -166,7 +168,7 @@ def test_a_grammar_that_fails_is_the_clients_and_no_failure_of_the_engine(
 
     with pytest.raises(kind) as caught:
         asyncio.run(run())
-    assert caught.value.param == ("response_format.json_schema.schema" if kind is InvalidRequest else None)
+    assert caught.value.param == (SCHEMA_PARAM if kind is InvalidRequest else None)
 
 
 def test_an_engine_without_grammars_takes_no_schema(engine: SGLangEngine) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from common.text.grammar_check import GRAMMAR_FAILED
 from tests.processes import ROOT
 from tests.sglang_probe import probe
 
@@ -64,6 +65,8 @@ def test_in_the_engine_they_act() -> None:
         "GuidanceGrammar.fill_vocab_mask",
         "GuidanceGrammar.copy",
         "GuidanceGrammar._check_err",
+        "SchedulerBatchResultProcessor._accept_grammar_tokens",
+        "SchedulerBatchResultProcessor._apply_prefill_grammar",
     }
     assert probe()["environment"]["DYN_CHAT_SGLANG_PLUGINS"] == "1"  # which the scheduler inherits
 
@@ -83,6 +86,10 @@ def test_a_grammar_that_fails_ends_its_own_request_only() -> None:
     grammars = probe()["grammars"]
     assert grammars["failing_masks"] == [False, True]
     assert grammars["message"] == "NoExtensionBias"
+
+
+def test_a_request_whose_grammar_fails_ends_with_the_reason_and_any_other_without() -> None:
+    assert probe()["grammars"]["reasons"] == ["Aborted", GRAMMAR_FAILED, GRAMMAR_FAILED]
 
 
 def test_a_pattern_that_would_keep_a_batch_waiting_is_given_up_soon() -> None:

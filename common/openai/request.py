@@ -4,6 +4,8 @@ Anything not named here is refused by name, unless it has the value that changes
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -32,6 +34,7 @@ from common.openai.strict_model import (
     whole_number,
 )
 from common.openai.tools import MAX_FORCED_CALLS, NamedTool, Tool, ToolChoice, Tools, forced_calls_schema
+from common.wire import SCHEMA_PARAM
 
 # Fields of an answer's message, for clients that send it back, and what they mark for a cache.
 _NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],), "id": IGNORED, "cache_control": IGNORED}
@@ -315,6 +318,16 @@ class ChatCompletionRequest(StrictModel):
             return "tools"
         is_own = isinstance(self.response_format, JsonSchemaFormat)
         return "response_format.json_schema.schema" if is_own else "response_format"
+
+    @contextmanager
+    def naming_own_fields(self) -> Iterator[None]:
+        """What an engine says of `answer_schema` names the field that the client sent it in."""
+        try:
+            yield
+        except InvalidRequest as error:
+            if error.param == SCHEMA_PARAM:
+                error.param = self.answer_schema_param
+            raise
 
     @property
     def num_tokens_asked(self) -> int | None:

@@ -16,8 +16,9 @@ from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.sampling import sglang_sampling_params
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
 from common.sglang.stream_pace import Output, StreamPace
+from common.text.grammar_check import GRAMMAR_FAILED
 from common.text.tokenizer_identity import tokenizer_sha256
-from common.wire import EngineChunk, EngineDescription, EngineRequest
+from common.wire import SCHEMA_PARAM, EngineChunk, EngineDescription, EngineRequest
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
     from common.sglang.cache_events import CacheEvents
 
 
-# What a client called the schema of an answer, and how SGLang begins to say that it has no grammar for it.
-_SCHEMA_PARAM = "response_format.json_schema.schema"
-_GRAMMAR_ERRORS = ("Failed to compile json grammar", "Grammar preprocessing timed out")
-_NO_REASON = ": Aborted."
+# How SGLang begins to say that it has no grammar for a schema.
+_GRAMMAR_ERRORS = ("Failed to compile json grammar", "Grammar preprocessing timed out", GRAMMAR_FAILED)
 
 
 class SGLangEngine:
@@ -81,7 +80,7 @@ class SGLangEngine:
         if request.sampling_options.seed is not None and not self.description.is_seed_supported:
             raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
         if request.sampling_options.json_schema is not None and not self.description.can_constrain:
-            raise InvalidRequest("This engine has no grammars.", param="response_format")
+            raise InvalidRequest("This engine has no grammars.", param=SCHEMA_PARAM)
         rid = uuid.uuid4().hex  # unique, and never the prefix of another one
         loop, is_complete = asyncio.get_running_loop(), False
         try:
@@ -95,11 +94,9 @@ class SGLangEngine:
             raise _error_of(HTTPStatus.BAD_REQUEST, str(error)) from error
         except HTTPException as error:  # an abort with a status code, where nobody streams
             raise _error_of(error.status_code, error.detail) from error
-        except Aborted as error:
+        except Aborted:
             if context.is_stopped():  # it was us
                 return
-            if (grammar_error := _grammar_error(request, error)) is not None:
-                raise grammar_error from error
             raise
         finally:
             if not is_complete:
@@ -184,19 +181,12 @@ def _error_of(status: int | None, message: str) -> PipelineError:
     """Whose fault an abort is: SGLang says it with one of HTTP's status codes."""
     message = message.rstrip(".")
     if message.startswith(_GRAMMAR_ERRORS):
-        return InvalidRequest(f"The engine has no grammar for this schema: {message}.", param=_SCHEMA_PARAM)
+        return InvalidRequest(f"The engine has no grammar for this schema: {message}.", param=SCHEMA_PARAM)
     if status == HTTPStatus.BAD_REQUEST:
         return InvalidRequest(f"The engine does not take this request: {message}.")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Busy(f"The engine takes no more requests just now: {message}.")
     return Aborted(f"The engine gave the request up: {message}.")
-
-
-def _grammar_error(request: EngineRequest, aborted: Aborted) -> InvalidRequest | None:
-    """Where it was the grammar: it failed midway, as it would in another engine. SGLang gives no reason then."""
-    if request.sampling_options.json_schema is None or not aborted.message.endswith(_NO_REASON):
-        return None
-    return InvalidRequest("The engine's grammar for this schema failed: it is too complex.", param=_SCHEMA_PARAM)
 
 
 def _max_input_tokens(tokenizer_manager: Any) -> int:

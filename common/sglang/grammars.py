@@ -5,7 +5,7 @@ backend alone. common/sglang/plugins.py calls `register` in the engine's process
 
 What llguidance's grammars need beside that (SGLang 0.5.16): limits, since they work within the steps of the whole
 batch; one that goes beyond them raises there, which ends the scheduler; its message is a page, with the client's
-schema; and each request compiles its schema once more.
+schema; the request ends without a reason; and each request compiles its schema once more.
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from common.text.grammar_check import limits, one_line
+from common.text.grammar_check import GRAMMAR_FAILED, limits, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ def register() -> None:
     grammar = "sglang.srt.constrained.llguidance_backend.GuidanceGrammar"
     HookRegistry.register(f"{grammar}.__init__", compile_within_limits, replace)
     HookRegistry.register(f"{grammar}.fill_vocab_mask", mask_or_end, around)
+    results = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+    HookRegistry.register(f"{results}._apply_prefill_grammar", with_reason, around)
+    HookRegistry.register(f"{results}._accept_grammar_tokens", with_reason, around)
     HookRegistry.register(f"{grammar}.copy", copy_compiled, replace)
     HookRegistry.register(f"{grammar}._check_err", check_error, replace)
 
@@ -136,6 +139,16 @@ def mask_or_end(fill: Any, grammar: Any, vocab_mask: Any, index: int) -> None:
     except ValueError as error:
         logger.warning("a grammar has failed: %s", error)
         vocab_mask[index] = -1
+
+
+def with_reason(accept: Any, *args: Any, **kwargs: Any) -> Any:
+    """Stands around what ends a request whose grammar does not take its tokens, as if it had been aborted."""
+    request = kwargs["req"] if "req" in kwargs else args[1]
+    told_before = request.to_finish
+    accepted = accept(*args, **kwargs)
+    if request.to_finish is not told_before:
+        request.to_finish.message = GRAMMAR_FAILED
+    return accepted
 
 
 def copy_compiled(grammar: Any) -> Any:

@@ -16,6 +16,10 @@ from common.openai.json_schema import check_ends
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
 
+GRAMMAR_FAILED = (
+    "the one that it made has failed, since it is too complex"  # how an engine's scheduler tells its engine
+)
+
 _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
 
