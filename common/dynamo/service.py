@@ -40,7 +40,7 @@ R = TypeVar("R", ChatCompletionRequest, EngineRequest, WorkerQuestion)
 TypedHandler = Callable[[R, RequestContext], AsyncGenerator[Any, None]]
 
 
-class service(Generic[R]):  # noqa: N801: reads as the decorator that it is
+class service(Generic[R]):  # lower case: it reads as the decorator that it is
     """`handler(request, context)`, an async generator of chunks, as an endpoint serves it: dicts in, dicts out.
 
     description: what this process says of itself when asked, or what it is to be asked for that.
