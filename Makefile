@@ -24,7 +24,7 @@ help:
 	@echo 'make infra       NATS and etcd only, for the three terminals of the chapter'
 	@echo 'make chapter-1   the same for the chapter taken literally: docs/chapter-1/README.md breaks it, step by step'
 	@echo
-	@echo 'make restart-engine    restarts one component of `make run`; also -processor, -frontend, -nats, -etcd'
+	@echo 'make restart-engine    restarts one component of `make run`; also -processor, -frontend, -router, -nats, -etcd'
 	@echo 'make status            what `make run` runs'
 	@echo
 	@echo 'make test        every test, with the real servers and the real model'

@@ -9,7 +9,8 @@ from common.wire import EngineDescription, EngineRequest, OutputOptions, Samplin
 
 # SGLang's fixed default of 128 new tokens would cut answers short, so `max_tokens` is always given.
 _SAMPLING_FIELDS = (
-    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "temperature", "top_p", "top_k", "min_p",
+    "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
 
 

@@ -47,6 +47,9 @@ OPENAI_API, OBSERVABILITY = DOCS / "openai-api.md", DOCS / "observability.md"
 NOT_RUN = {
     "make run ROUTER=1": "two real engines: tests/test_router.py has the conversation with fake ones",
     "python engine.py --model-path models/SmolLM2-135M-Instruct --kv-events": "test_router.py: with fake engines",
+    "make run ENGINES=2": "two real engines: tests/test_launch.py builds their commands",
+    "DYN_SYSTEM_PORT=9102 python router.py": "tests/test_routing.py puts the policy into a router",
+    "curl -s 127.0.0.1:9102": "tests/test_router.py reads this metric",
     "make infra": "endless: tests/test_launch.py runs the module behind it; the scripts' lines are compared with ours",
     "MODEL=Qwen": "needs the hub, and a GPU to be of use: tests/test_launch.py passes MODEL on",
     "source .venv/bin/activate": "the tests' own environment",
