@@ -275,7 +275,7 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def running(thing: "Infra | Pipeline") -> Iterator[None]:
+def running(thing: "Infra | Pipeline | Process") -> Iterator[None]:
     try:
         yield
     finally:

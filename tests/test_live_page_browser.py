@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browsers import chromium
 from tests.frontends import frontend_beside
+from tests.hermes_model import make_thinking_model
 from tests.processes import SHORT_LEASE, Infra, Pipeline, running, wait_until
 
 pytestmark = [
@@ -266,3 +267,20 @@ def test_nothing_sticks_out_on_a_phone(watched: Watched, echo: Pipeline) -> None
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, re.findall(r"\d+", background))) < 3 * 64, "dark was asked for"
+
+
+def test_thoughts_are_shown_apart_from_the_answer(watched: Watched, echo: Pipeline, tmp_path: Path) -> None:
+    model = make_thinking_model(tmp_path / "thinking", is_open=False)
+    with running(echo.script("processor.py", "--model", str(model), "--served-model-name", "thinking")):
+        echo.wait_ready(processors=2)
+        page = watched.open(echo.url)
+        page.get_by_label("Model").select_option("thinking")
+        watched.ask("<think>Let me see.</think>Yes.")
+        expect(page.locator(".path")).to_have_count(1)
+        assert page.locator(".thoughts").all_inner_texts() == ["Let me see."]
+        expect(page.locator(".turn .text").nth(1)).to_have_text("Yes.")
+        watched.ask("Why?")
+        expect(page.locator(".path")).to_have_count(2)
+        assert watched.bodies[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
+        assert watched.complaints == []
+    echo.processes.pop()
