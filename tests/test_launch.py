@@ -25,7 +25,7 @@ from launch.program import Program
 from launch.run import component_programs, wait_until_logged
 from launch.settings import Settings
 from launch.supervisor import Supervisor
-from tests.processes import ROOT, Infra, accepts, free_port
+from tests.processes import ROOT, Infra, accepts, free_port, running
 
 
 @pytest.fixture
@@ -447,9 +447,10 @@ class TestFirstQuestion:
 
 
 @pytest.mark.process
-def test_a_readers_own_etcdctl_variable_does_not_matter(infra: Infra, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_readers_own_etcdctl_variable_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ETCDCTL_ENDPOINTS", "127.0.0.1:1")
-    with pytest.raises(LaunchError, match="etcd knows no instance"):
+    infra = Infra(tmp_path)
+    with running(infra.start()), pytest.raises(LaunchError, match="etcd knows no instance"):
         first_question.instances(Settings.from_environ({"ETCD_ENDPOINTS": infra.env["ETCD_ENDPOINTS"]}))
 
 
