@@ -1,13 +1,13 @@
 """Calls that are forced: the schema that forces them, and what the real model makes of it."""
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import jsonschema
 import pytest
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from common.errors import InvalidRequest
 from common.openai.request import parse_chat_request
@@ -75,10 +75,10 @@ def test_a_call_is_of_a_tool_and_holds_to_its_schema_wherever_that_refers_to_its
 
 
 class Trip(BaseModel):
-    """Where to go."""
+    """Where to go. Bounded: a small model may write a string, or a number, without an end."""
 
-    city: str
-    days: int
+    city: Literal["Rome", "Paris"]
+    days: Annotated[int, Field(ge=1, le=9)]
 
 
 @pytest.mark.pipeline
