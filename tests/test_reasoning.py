@@ -108,11 +108,12 @@ def test_any_cut_of_much_white_space_gives_the_same(num_spaces: int, is_open: bo
 
 
 @pytest.fixture(scope="module")
-def echo(infra: Infra, tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
+def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """Real processors on an engine that echoes what a user says."""
     folder = tmp_path_factory.mktemp("reasoning")
+    infra = Infra(folder / "infra")
     pipeline = Pipeline(infra, folder)
-    with running(pipeline):
+    with running(infra.start()), running(pipeline):
         pipeline.fake_engine("--echo")
         pipeline.processor()
         for name, is_open in (("closed", False), ("open", True)):

@@ -33,11 +33,12 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
 @pytest.fixture(scope="module")
-def echo(infra: Infra, tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
+def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """One processor for a model whose template has tools, and one for a model whose template has none."""
     folder = tmp_path_factory.mktemp("tools")
+    infra = Infra(folder / "infra")
     pipeline = Pipeline(infra, folder)
-    with running(pipeline):
+    with running(infra.start()), running(pipeline):
         pipeline.fake_engine("--echo", "--can-constrain")
         pipeline.processor()
         pipeline.script(
