@@ -106,7 +106,9 @@ class Launch:
         ports = {f"{name}_PORT": str(free_port()) for name in ("NATS", "NATS_MONITORING", "ETCD", "HTTP")}
         place = {"DATA_DIR": str(folder), "NATS_SERVER": "", "ETCD_ENDPOINTS": ""}
         path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        self.environ = os.environ | ports | place | path | environ
+        # Not what `make test` tells the programs that it runs: a make among them would print more.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        self.environ = ours | ports | place | path | environ
         with self.output.open("w") as file:
             self.popen = subprocess.Popen(
                 command, cwd=ROOT, env=self.environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -1,5 +1,7 @@
 """OpenAI's answers, made of a processor's chunks."""
 
+import json
+
 import pytest
 
 from common.errors import BadUpstream
@@ -43,3 +45,12 @@ def test_an_answer_that_begins_anew_has_to_be_finished_anew() -> None:
     answer.restart()
     with pytest.raises(BadUpstream):
         answer.to_json()
+
+
+def test_the_choices_of_a_stream_begin_in_their_order() -> None:
+    request = parse_chat_request({"model": "m", "messages": [{"role": "user", "content": "Hi"}], "n": 3})
+    stream = AnswerStream(request, request_context("frontend").record)
+    events = [json.loads(line[6:]) for chunk in chunks(2, 0, 1) for line in stream.events(chunk).split(b"\n\n") if line]
+    indices = [event["choices"][0]["index"] for event in events if "role" in event["choices"][0]["delta"]]
+    assert indices == [0, 1, 2]
+    assert [event["choices"][0]["index"] for event in events].count(2) == 3

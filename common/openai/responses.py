@@ -239,25 +239,28 @@ class AnswerStream(_Answer):
     def __init__(self, request: ChatCompletionRequest, record: RequestRecord) -> None:
         super().__init__(request, record)
         self._is_usage_wanted, self._is_usage_continuous = request.is_usage_wanted, request.is_usage_continuous
-        self._started: set[int] = set()
+        self._num_started = 0  # choices
 
     def _event(self, choice: ChunkChoice) -> bytes:
         usage = self.usage if self._is_usage_continuous else None
         return sse(ChatCompletionChunk(**self.head, choices=[choice], usage=usage if self._is_usage_wanted else UNSET))
 
     def events(self, chunk: ProcessorChunk) -> bytes:
-        """The events for a chunk: the role first, an empty delta with the finish_reason last."""
+        """The events for a chunk: the role first, an empty delta with the finish_reason last.
+
+        Choices begin in their order, as OpenAI's do: its Python library fails on one that comes before a lower one.
+        """
         self.check(chunk)
         index = chunk.index
         if self.record.path is not None:
             self.record.path.answering()
         events = b""
         deltas = _deltas(chunk)
-        if index not in self._started:
-            self._started.add(index)
+        while self._num_started <= index:
             content = "" if not deltas or deltas[0].content is not UNSET else None
             first = Delta(role="assistant", content=content, refusal=None)
-            events += self._event(ChunkChoice(index=index, delta=first))
+            events += self._event(ChunkChoice(index=self._num_started, delta=first))
+            self._num_started += 1
         logprobs = _logprobs(chunk.logprobs)
         for delta in deltas:
             events += self._event(ChunkChoice(index=index, delta=delta, logprobs=logprobs))
