@@ -60,13 +60,21 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _parser(script: str, description: str, more_environment: str = "") -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=script,
+        description=description,
+        epilog=ENVIRONMENT + more_environment,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
     default = FrontendArgs()
-    parser = argparse.ArgumentParser(
-        prog="frontend.py",
-        description="OpenAI's chat completions over HTTP, answered by inference/processor/process.",
-        epilog=ENVIRONMENT + "  DYN_CHAT_API_KEY   API keys, separated by commas, in addition to --api-key\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _parser(
+        "frontend.py",
+        "OpenAI's chat completions over HTTP, answered by inference/processor/process.",
+        "  DYN_CHAT_API_KEY   API keys, separated by commas, in addition to --api-key\n",
     )
 
     def number(flag: str, kind: type[int] | type[float], value: float, text: str) -> None:
@@ -153,11 +161,8 @@ class ProcessorArgs:
 
 
 def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
-    parser = argparse.ArgumentParser(
-        prog="processor.py",
-        description="Serves inference/processor/process: tokenizes chats, calls an engine, detokenizes the answer.",
-        epilog=ENVIRONMENT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _parser(
+        "processor.py", "Serves inference/processor/process: tokenizes chats, calls an engine, detokenizes the answer."
     )
     parser.add_argument(
         "--model",
@@ -213,11 +218,8 @@ class RouterArgs:
 def parse_router_args(policies: Iterable[str], argv: Sequence[str] | None = None) -> RouterArgs:
     """policies: by their names, the default first."""
     names = list(policies)
-    parser = argparse.ArgumentParser(
-        prog="router.py",
-        description="Serves inference/router/find_worker: tells processors which engine shall answer a prompt.",
-        epilog=ENVIRONMENT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _parser(
+        "router.py", "Serves inference/router/find_worker: tells processors which engine shall answer a prompt."
     )
     parser.add_argument(
         "--policy",

@@ -330,24 +330,28 @@ class Envelope(msgspec.Struct, omit_defaults=True):
         return cls(request_id, traceparent, bool(request.pop("show_path", False)))
 
 
+R = TypeVar("R", WorkerQuestion, EngineRequest)
+
+
 def read_worker_question(data: Any) -> WorkerQuestion:
     """Raises:
     InvalidRequest: the dict is not such a question.
     """
-    try:
-        return msgspec.convert(data, WorkerQuestion)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"This is not a question for a worker: {error}.") from error
+    return _read_request(data, WorkerQuestion, "a question for a worker")
 
 
 def read_engine_request(data: Any) -> EngineRequest:
     """Raises:
     InvalidRequest: the dict is not an engine request.
     """
+    return _read_request(data, EngineRequest, "an engine request")
+
+
+def _read_request(data: Any, kind: type[R], what: str) -> R:
     try:
-        return msgspec.convert(data, EngineRequest)
+        return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"This is not an engine request: {error}.") from error
+        raise InvalidRequest(f"This is not {what}: {error}.") from error
 
 
 C = TypeVar("C", EngineChunk, ProcessorChunk)
