@@ -237,8 +237,13 @@ class Pipeline:
     def engine(self, *args: str) -> Process:
         return self.script("engine.py", "--model-path", MODEL, *args)
 
-    def fake_engine(self, *args: str, token_ids: Sequence[int] = tuple(range(1000, 1100))) -> Process:
-        return self.script("tests/fake_engine.py", "--token-ids", ",".join(map(str, token_ids)), *args)
+    def fake_engine(
+        self,
+        *args: str,
+        token_ids: Sequence[int] = tuple(range(1000, 1100)),
+        env: Mapping[str, str] | None = None,
+    ) -> Process:
+        return self.script("tests/fake_engine.py", "--token-ids", ",".join(map(str, token_ids)), *args, env=env)
 
     def router(self, *args: str, env: Mapping[str, str] | None = None) -> Process:
         return self.script("router.py", *args, env=env)

@@ -17,7 +17,7 @@ import pytest
 from common.routing.ask_router import ASKING_TIMEOUT_S
 from launch.conversation import show_choices_of_the_router, show_turns_of_engines
 from launch.settings import Settings
-from tests.processes import MODEL, Infra, Pipeline, Process, free_port, wait_until
+from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, free_port, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -39,7 +39,16 @@ class Routed:
         self.wait_until_routed()
 
     def engine(self) -> Process:
-        return self.pipeline.fake_engine("--kv-events", "--first-token-ms", "200", "--token-interval-ms", "20")
+        args = ("--kv-events", "--first-token-ms", "200", "--token-interval-ms", "20")
+        return self.pipeline.fake_engine(*args, env=SHORT_LEASE)
+
+    def replace_killed_engine(self) -> None:
+        """Until the killed one is forgotten too: while it is still listed, nothing tells whose turn is next."""
+        engine = self.engine()
+        self.engines.append(engine)
+        wait_until(lambda: "serving inference/engine" in engine.log, 30, "the new engine")
+        ready_url = f"{self.pipeline.url}/ready"
+        wait_until(lambda: httpx.get(ready_url).json()["engines"] == NUM_ENGINES, 30, "the killed one to be forgotten")
 
     def start_router(self) -> Process:
         return self.pipeline.router(env={"DYN_SYSTEM_PORT": str(self.metrics_port)})
@@ -205,8 +214,7 @@ class TestABookingEnds:
 
         asyncio.run(kill())
         wait_until(lambda: routed.num_booked() == 0, 2, "no bookings")
-        routed.engines.append(routed.engine())
-        routed.pipeline.wait_ready(engines=NUM_ENGINES)
+        routed.replace_killed_engine()
 
 
 @dataclass(frozen=True)
