@@ -46,7 +46,7 @@ async def worker(runtime: DistributedRuntime, engine: SGLangEngine) -> None:
         runtime.run_in_background(engine.cache_events.follow())
         kv_events = component.endpoint("kv_events")
         runtime.run_in_background(kv_events.serve_endpoint(engine.cache_events.cached.events, graceful_shutdown=False))
-    await component.endpoint("generate").serve_endpoint(service(handler.generate, description=engine.description))
+    await component.endpoint("generate").serve_endpoint(service(handler.generate, description=engine.describe))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ InstanceId = Annotated[str, Meta(pattern="^[0-9a-f]{1,16}$")]
 Moment = Annotated[int, Meta(ge=0, lt=2**53)]
 DESCRIBE: dict[str, Any] = {"describe": True}
 KV_BLOCK_SIZE = 16  # tokens: what routers count caches and prompts in
+NUM_LOWEST_HASHES = 500
 SCHEMA_PARAM = "sampling_options.json_schema"  # as an engine's error names it, which knows no client's fields
 MAX_CALLS = 1024  # of one worker for one request, all choices and attempts counted
 
@@ -196,12 +197,23 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
         return bool(self.token_ids)
 
 
+class CacheDescription(msgspec.Struct):
+    """What an engine has cached now, in tokens, and at most.
+
+    lowest_block_hashes: NUM_LOWEST_HASHES of them, or all: a sample that is alike where two caches are.
+    """
+
+    num_tokens: int
+    max_num_tokens: int
+    lowest_block_hashes: list[int]
+
+
 class EngineDescription(msgspec.Struct, omit_defaults=True):
     """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together.
 
     vocab_size: rows of the model's embedding. tokenizer_sha256: see `tokenizer_identity`; "" where it is not known.
     max_input_tokens: the longest prompt that it takes; None: all that leave room for a token. can_constrain: whether it
-    takes a `json_schema`.
+    takes a `json_schema`. cache: None where it does not follow what it has cached.
     """
 
     model: str
@@ -211,6 +223,7 @@ class EngineDescription(msgspec.Struct, omit_defaults=True):
     tokenizer_sha256: str = ""
     max_input_tokens: int | None = None
     can_constrain: bool = False
+    cache: CacheDescription | None = None
 
 
 class PromptTokensDetails(msgspec.Struct):

@@ -23,6 +23,9 @@ class CountingEngine:
     description = EngineDescription("counting", context_length=8192, vocab_size=49152)
     cache_events = None
 
+    async def describe(self) -> EngineDescription:
+        return self.description
+
     async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Output, None]:
         num_tokens = request.stop_conditions.max_tokens or 16
         output_ids: list[int] = []

@@ -112,6 +112,8 @@ class FakeEngine:
         if request.get("describe"):
             if self.args.plain:
                 raise KeyError("token_ids")
+            if self.cache is not None:
+                self.description.cache = self.cache.told.describe(self.args.cache_blocks * KV_BLOCK_SIZE)
             yield {**to_wire(self.description), "finish_reason": "stop"}
             return
         envelope = Envelope.taken_from(request)

@@ -1,7 +1,8 @@
 """The live page's routes, and a request's path as data; tests/test_live_page_browser.py looks at the page itself."""
 
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,16 @@ from hypothesis import strategies as st
 
 from common.errors import BadUpstream
 from common.observability.request_records import SHOW_PATH_HEADER, RequestPath
-from common.page.live_page import PAGE, page_headers
-from common.wire import EngineChunk, Envelope, read_engine_chunk, read_processor_chunk, to_wire
+from common.page.live_page import PAGE, cache_figures, page_headers
+from common.wire import (
+    NUM_LOWEST_HASHES,
+    CacheDescription,
+    EngineChunk,
+    Envelope,
+    read_engine_chunk,
+    read_processor_chunk,
+    to_wire,
+)
 from tests.contexts import request_context
 from tests.frontends import frontend_beside
 from tests.processes import MODEL, Infra, Pipeline, running
@@ -51,6 +60,26 @@ class TestThePage:
             assert re.fullmatch(r"'sha256-[\w+/]{43}='", policy[directive])
         changed = page_headers(self.html.replace("look();", "look( );"))
         assert changed["content-security-policy"] != page_headers(self.html)["content-security-policy"]
+
+
+class TestCaches:
+    def test_what_is_cached_elsewhere_too_counts_as_shared(self) -> None:
+        figures = cache_figures({1: cache(range(8)), 2: cache(range(6, 10)), 3: cache(range(0))})
+        assert {id: each["num_shared_tokens"] for id, each in figures.items()} == {1: 32, 2: 32, 3: 0}
+        assert (figures[2]["num_tokens"], figures[2]["max_num_tokens"]) == (64, 160_000)
+
+    @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+    def test_of_large_caches_samples_are_compared(self, part: float) -> None:
+        numbers = random.Random(1)
+        first = [numbers.getrandbits(64) for _ in range(10_000)]
+        second = [each if numbers.random() < part else numbers.getrandbits(64) for each in first[:5000]]
+        figures = cache_figures({1: cache(first), 2: cache(second)})
+        assert figures[1]["num_shared_tokens"] / 160_000 == pytest.approx(part / 2, abs=0.1)
+        assert figures[2]["num_shared_tokens"] / 80_000 == pytest.approx(part, abs=0.1)
+
+
+def cache(block_hashes: Sequence[int]) -> CacheDescription:
+    return CacheDescription(16 * len(block_hashes), 160_000, sorted(block_hashes)[:NUM_LOWEST_HASHES])
 
 
 class TestAPath:

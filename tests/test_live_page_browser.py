@@ -55,7 +55,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Itera
 
 
 def start_engine(pipeline: Pipeline) -> Any:
-    return pipeline.fake_engine("--echo", "--token-interval-ms", "50")
+    return pipeline.fake_engine("--echo", "--token-interval-ms", "50", "--kv-events", "--cache-blocks", "10")
 
 
 @dataclass
@@ -284,3 +284,33 @@ def test_thoughts_are_shown_apart_from_the_answer(watched: Watched, echo: Pipeli
         assert watched.bodies[1]["messages"][1] == {"role": "assistant", "content": "Yes."}
         assert watched.complaints == []
     echo.processes.pop()
+
+
+def test_the_boxes_show_what_caches_have_in_common_and_a_path_shows_the_routers_choice(
+    watched: Watched, echo: Pipeline
+) -> None:
+    page = watched.open(echo.url)
+    details = boxes(page, "engines").locator(".detail")
+
+    def ask_anew() -> list[tuple[str, str]]:
+        page.get_by_role("button", name="New chat").click()
+        watched.ask("word " * 60)
+        expect(page.locator(".path")).to_have_count(1)
+        steps = (page.locator(f".path .of-router .{part}").all_inner_texts() for part in ("who", "what"))
+        return list(zip(*steps, strict=True))
+
+    def is_routed_to_what_is_cached() -> bool:
+        chosen = [what for who, what in ask_anew() if re.fullmatch("router [0-9a-f]+", who)]
+        return any(re.fullmatch(r"chose an engine with (48|64|80) tokens cached", what) for what in chosen)
+
+    page.get_by_label("Tokens at most").fill("1")
+    expect(details).to_have_text(re.compile(r"^\d+ tokens cached, \d+ % full$"))
+    with running(start_engine(echo)):
+        expect(details).to_have_count(2)
+        for _ in range(2):  # by turns, so that both have it
+            assert ask_anew() == []
+        shared = re.compile(r"^\d+ tokens cached, [1-9]\d+ % full, [1-9]\d* % also elsewhere$")
+        expect(details).to_have_text([shared, shared])
+        with running(echo.router()):
+            wait_until(is_routed_to_what_is_cached, PATIENCE_MS / 1000, "a router")
+    assert watched.complaints == []

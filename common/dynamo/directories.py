@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -51,10 +52,11 @@ class Descriptions(Generic[T]):
         """Whether one has not answered yet."""
         return bool(self._asking)
 
-    async def asked_again(self) -> dict[int, T | None]:
+    async def asked_again(self, is_outdated: Callable[[T], bool] = lambda _: True) -> dict[int, T | None]:
         """By instance, as it says now; one that does not answer in time, as it said before."""
-        known = dict(await self.current())
-        await asyncio.gather(*(self._ask_again(each) for each, description in known.items() if description is not None))
+        known = (await self.current()).items()
+        outdated = [each for each, description in known if description is not None and is_outdated(description)]
+        await asyncio.gather(*map(self._ask_again, outdated))
         return self._known
 
     async def _ask_again(self, instance_id: int) -> None:

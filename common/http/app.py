@@ -28,7 +28,7 @@ ChatRoute = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What the frontend knows of the processes behind it. `engine_client` is only asked whether an engine is there."""
+    """What the frontend knows of the processes behind it. `engine_client`: only asked what there is."""
 
     models: ModelDirectory
     processor_client: Client

@@ -69,11 +69,19 @@ class Frontend(JsonObject, kw_only=True):
     pid: int
 
 
+class Cache(JsonObject, kw_only=True):
+    num_tokens: int
+    max_num_tokens: int
+    num_shared_tokens: int
+
+
 class Engine(JsonObject, kw_only=True):
     instance: InstanceId
+    cache: Cache | None
 
 
-class Processor(Engine, kw_only=True):
+class Processor(JsonObject, kw_only=True):
+    instance: InstanceId
     models: list[str]
 
 

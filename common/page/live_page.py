@@ -6,6 +6,7 @@ a model or a worker says can only ever be text.
 
 import base64
 import hashlib
+import math
 import os
 import re
 from pathlib import Path
@@ -13,8 +14,9 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from common.dynamo.directories import ModelDirectory
+from common.dynamo.directories import Descriptions, ModelDirectory
 from common.dynamo.runtime import Client
+from common.wire import NUM_LOWEST_HASHES, CacheDescription, EngineDescription
 
 PAGE = Path(__file__).with_suffix(".html")
 
@@ -46,10 +48,28 @@ def page_headers(html: str) -> dict[str, str]:
     }
 
 
+def cache_figures(caches: dict[int, CacheDescription]) -> dict[int, dict[str, int]]:
+    """By engine: how full its cache is, and how much of that another engine has cached, too, by the samples."""
+    samples = {id: set(cache.lowest_block_hashes) for id, cache in caches.items()}
+    limit = min((max(sample) for sample in samples.values() if len(sample) == NUM_LOWEST_HASHES), default=math.inf)
+    figures = {}
+    for id, cache in caches.items():  # as far as all samples go
+        own = {block_hash for block_hash in samples[id] if block_hash <= limit}
+        elsewhere = set().union(*(sample for other, sample in samples.items() if other != id))
+        num_shared = round(cache.num_tokens * len(own & elsewhere) / max(1, len(own)))
+        figures[id] = {
+            "num_tokens": cache.num_tokens,
+            "max_num_tokens": cache.max_num_tokens,
+            "num_shared_tokens": num_shared,
+        }
+    return figures
+
+
 def install_live_page(app: FastAPI, models: ModelDirectory, engine_client: Client) -> None:
     """Serve the page, and what it asks for each second while somebody looks at it."""
     html = PAGE.read_text()
     headers = page_headers(html)
+    descriptions = Descriptions(engine_client, EngineDescription)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
@@ -60,11 +80,13 @@ def install_live_page(app: FastAPI, models: ModelDirectory, engine_client: Clien
         """Who is there, as etcd says now. The ids are in hexadecimal, as in etcd's keys."""
         processors = await models.instances()
         engines = await engine_client.instance_ids()
+        described = await descriptions.asked_again(lambda engine: engine.cache is not None)
+        caches = cache_figures({id: engine.cache for id, engine in described.items() if engine and engine.cache})
         return JSONResponse(
             {
                 "frontend": {"pid": os.getpid()},
                 "processors": [{"instance": f"{id:x}", "models": processors[id]} for id in sorted(processors)],
-                "engines": [{"instance": f"{id:x}"} for id in sorted(engines)],
+                "engines": [{"instance": f"{id:x}", "cache": caches.get(id)} for id in sorted(engines)],
             },
             headers={"cache-control": "no-store"},
         )

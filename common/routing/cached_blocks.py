@@ -5,6 +5,7 @@ token, and goes with it; where several pages complete it, because they branch wi
 """
 
 import asyncio
+import heapq
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,17 @@ from typing import Any, NamedTuple
 from common.dynamo.context import when_stopped
 from common.dynamo.releases import Context
 from common.routing.kv_blocks import block_hashes, chained_hash
-from common.wire import KV_BLOCK_SIZE, BlocksRemoved, BlocksStored, KvBlock, KvEvent, KvEvents, to_wire
+from common.wire import (
+    KV_BLOCK_SIZE,
+    NUM_LOWEST_HASHES,
+    BlocksRemoved,
+    BlocksStored,
+    CacheDescription,
+    KvBlock,
+    KvEvent,
+    KvEvents,
+    to_wire,
+)
 
 MAX_EVENTS = 64  # in one dict, of what is cached now
 MAX_BEHIND = 100_000  # blocks; a router that has yet to hear of more than these begins anew
@@ -75,6 +86,10 @@ class CachedBlocks:
         self._pages, self._blocks, self._num_pages, self._changes = {}, {}, Counter(), []
         for listener in list(self._listeners):
             self._cut_off(listener)
+
+    def describe(self, max_num_tokens: int) -> CacheDescription:
+        lowest = heapq.nsmallest(NUM_LOWEST_HASHES, self._blocks)
+        return CacheDescription(len(self._blocks) * KV_BLOCK_SIZE, max_num_tokens, lowest)
 
     def publish(self) -> None:
         """Tell everybody who listens of the changes since the last time."""

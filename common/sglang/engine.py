@@ -45,6 +45,7 @@ class SGLangEngine:
         self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
         self.cache_events = _cache_events(server_args)
+        self._max_cached_tokens: int = self._engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         model_config = self._tokenizer_manager.model_config
         tokenizer_id = tokenizer_sha256(server_args.tokenizer_path or server_args.model_path, server_args.revision)
         self.description = EngineDescription(
@@ -67,6 +68,12 @@ class SGLangEngine:
 
     def __exit__(self, *_: object) -> None:
         self._engine.shutdown()
+
+    async def describe(self) -> EngineDescription:
+        """With what is cached now, where that is followed."""
+        if self.cache_events is not None:
+            self.description.cache = self.cache_events.cached.describe(self._max_cached_tokens)
+        return self.description
 
     async def generate(self, request: EngineRequest, context: RequestContext) -> AsyncGenerator[Output, None]:
         """SGLang's items for one request; only the last one where nobody streams. Leaving early aborts the request.
