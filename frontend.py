@@ -14,23 +14,19 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from common.arguments import FrontendArgs, parse_frontend_args
-from common.dynamo.directories import ModelDirectory
-from common.dynamo.failover import CallLimits, FailoverClient, RequestContext
+from common.dynamo.failover import CallLimits, ProcessorClient, RequestContext
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.http.exchange import EventStream, context_of, read_chat_request, unless_disconnected
 from common.http.server import Pipeline, serve_http
 from common.openai.request import ChatCompletionRequest
 from common.openai.responses import Answer, AnswerStream
-from common.wire import PROCESSOR_ANSWERS, ProcessorChunk
 
 
 class RequestHandler:
     """Turns HTTP requests into calls of a processor, and what comes back into HTTP."""
 
-    def __init__(
-        self, processor_client: FailoverClient[ProcessorChunk], models: ModelDirectory, args: FrontendArgs
-    ) -> None:
-        self.processor_client, self.models = processor_client, models
+    def __init__(self, processor_client: ProcessorClient, args: FrontendArgs) -> None:
+        self.processor_client, self.models = processor_client, processor_client.directory
         self.args = args
 
     async def chat_completions(self, http_request: Request) -> Response:
@@ -73,12 +69,12 @@ async def worker(runtime: DistributedRuntime, args: FrontendArgs) -> None:
     namespace = runtime.namespace("inference")
     client = await namespace.component("processor").endpoint("process").client()
     engine_client = await namespace.component("engine").endpoint("generate").client()
-    models = ModelDirectory(client)
     # Calls another processor when one fails.
     limits = CallLimits(wait_s=args.processor_wait_s, answer_s=args.request_timeout_s)
-    processor_client = FailoverClient(client, models, PROCESSOR_ANSWERS, await runtime.metrics("frontend"), limits)
-    handler = RequestHandler(processor_client, models, args)
-    await serve_http(handler.chat_completions, Pipeline(models, client, engine_client), runtime, args)
+    processor_client = ProcessorClient(client, await runtime.metrics("frontend"), limits)
+    handler = RequestHandler(processor_client, args)
+    pipeline = Pipeline(processor_client.directory, client, engine_client)
+    await serve_http(handler.chat_completions, pipeline, runtime, args)
 
 
 if __name__ == "__main__":

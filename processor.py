@@ -13,29 +13,23 @@ from contextlib import aclosing
 import uvloop
 
 from common.arguments import ProcessorArgs, parse_processor_args
-from common.dynamo.directories import EngineDirectory
-from common.dynamo.failover import CallLimits, FailoverClient
+from common.dynamo.failover import EngineClient
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
 from common.openai.request import ChatCompletionRequest
 from common.routing.ask_router import AskRouter
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.choice import Choice, merged, usage_of
-from common.text.grammar_check import check_grammar
-from common.wire import ENGINE_ANSWERS, EngineChunk, ProcessorChunk, ProcessorDescription
+from common.wire import ProcessorChunk, ProcessorDescription
 
 
 class RequestHandler:
     """Answers `process` requests for one model, with the help of any engine that runs it."""
 
     def __init__(
-        self,
-        engine_client: FailoverClient[EngineChunk],
-        engines: EngineDirectory,
-        tokenizer: ChatTokenizer,
-        description: ProcessorDescription,
+        self, engine_client: EngineClient, tokenizer: ChatTokenizer, description: ProcessorDescription
     ) -> None:
-        self.engine_client, self.engines = engine_client, engines
+        self.engine_client, self.engines = engine_client, engine_client.directory
         self.tokenizer = tokenizer
         self.description = description
 
@@ -49,10 +43,8 @@ class RequestHandler:
     ) -> AsyncGenerator[ProcessorChunk, None]:
         """Yields text as it becomes final; the last chunk has the finish_reason and the usage."""
         self.description.check(request.model)
-        self.tokenizer.check(request)
-        if request.answer_schema is not None:
-            await check_grammar(request.answer_schema, request.answer_schema_param)
-            await self.engines.check_constraining(request.answer_schema_param.partition(".")[0])
+        await self.tokenizer.check(request)
+        await self.engines.check(request)
         limits = await self.engines.limits()
         token_ids = await self.tokenizer.encode_chat(
             request.messages, limits, request.usable_tools, request.template_options
@@ -86,17 +78,14 @@ class RequestHandler:
 async def worker(runtime: DistributedRuntime, args: ProcessorArgs, tokenizer: ChatTokenizer) -> None:
     client = await runtime.namespace("inference").component("engine").endpoint("generate").client()
     router_client = await runtime.namespace("inference").component("router").endpoint("find_worker").client()
-    engines = EngineDirectory(client, tokenizer.model)
-    metrics = await runtime.metrics("processor")
     # Calls another engine when one fails, which goes on where the first one broke.
-    engine_client = FailoverClient(client, engines, ENGINE_ANSWERS, metrics, CallLimits(wait_s=args.engine_wait_s))
-    # Which engine, says the router, where there is one.
-    engine_client.choose = AskRouter(router_client)
+    engine_client = EngineClient(client, tokenizer.model, await runtime.metrics("processor"), args.engine_wait_s)
+    engine_client.choose = AskRouter(router_client)  # which engine, where there is a router
 
     component = runtime.namespace("inference").component("processor")
     await component.create_service()
     description = ProcessorDescription(args.model_names, created=int(time.time()), root=args.model)
-    handler = RequestHandler(engine_client, engines, tokenizer, description)
+    handler = RequestHandler(engine_client, tokenizer, description)
     await component.endpoint("process").serve_endpoint(service(handler.process, description=handler.describe))
 
 

@@ -352,5 +352,5 @@ def test_a_value_for_the_template_forges_no_turn() -> None:
 def test_what_a_template_is_given_anyway_is_not_the_clients_to_choose(tokenizer: ChatTokenizer, name: str) -> None:
     chat = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {name: "x"}}
     with pytest.raises(InvalidRequest, match=f"{name} is not the client's") as refused:
-        tokenizer.check(parse_chat_request(chat))
+        asyncio.run(tokenizer.check(parse_chat_request(chat)))
     assert refused.value.param == f"chat_template_kwargs.{name}"

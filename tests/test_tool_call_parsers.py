@@ -1,5 +1,6 @@
 """Other forms of tool calls, read by SGLang's parsers: from an engine's tokens to the processor's chunks."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +40,7 @@ def chunks_of(tokenizer: ChatTokenizer, text: str, **fields: Any) -> Iterator[Pr
     """Of a choice, where the engine sends one token after the other and the end of sequence."""
     messages = [{"role": "user", "content": "Hi!"}]
     request = parse_chat_request({"model": "m", "messages": messages, "tools": [WEATHER, NOW]} | fields)
-    tokenizer.check(request)
+    asyncio.run(tokenizer.check(request))
     choice = Choice(tokenizer, request, [1], 0, 1000)
     for token_id in tokenizer.backend.encode(text).ids:
         yield choice.push(EngineChunk([token_id])) or ProcessorChunk()

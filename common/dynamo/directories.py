@@ -15,6 +15,7 @@ import msgspec
 from common.dynamo import releases
 from common.dynamo.runtime import Client
 from common.errors import InvalidRequest, ModelNotFound
+from common.openai.request import ChatCompletionRequest
 from common.sampling import ContextLimits
 from common.wire import DESCRIBE, EngineDescription, ProcessorDescription, is_constrained
 
@@ -182,12 +183,15 @@ class EngineDirectory:
         self._limits = ContextLimits.of([self._ours, *compatible.values()])
         self._constraining = {each for each, engine in compatible.items() if engine.can_constrain}
 
-    async def check_constraining(self, param: str) -> None:
+    async def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
-        InvalidRequest: there are engines, each has said what it is, and none takes a grammar. param: what asks for one.
+        InvalidRequest: it needs a grammar, and the engines have none: each has said what it is.
         """
+        if request.answer_schema is None:
+            return
         await self._refresh()
         if any(self._is_compatible.values()) and not self._constraining and not self._engines.are_asked:
+            param = request.answer_schema_param.partition(".")[0]
             raise InvalidRequest(f"Invalid value for {param}: no engine of this model has grammars.", param=param)
 
     async def eligible(self, request: dict[str, Any]) -> set[int]:

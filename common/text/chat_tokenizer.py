@@ -21,6 +21,7 @@ from common.sampling import ContextLimits
 from common.sglang.tool_call_parsers import check_parser
 from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes
+from common.text.grammar_check import check_grammar
 from common.text.reasoning import ReasoningForm
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tokenizer_identity import tokenizer_sha256
@@ -106,10 +107,10 @@ class ChatTokenizer:
             end_ids=end_ids if isinstance(end_ids, list) else [end_ids],
         )
 
-    def check(self, request: ChatCompletionRequest) -> None:
+    async def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
-        InvalidRequest: it names a token that the model does not have, tools that it cannot choose to call, or a value
-        for the template that is not the client's.
+        InvalidRequest: it names a token that the model does not have, tools that it cannot choose to call, a value
+        for the template that is not the client's, or a schema that has no grammar.
         """
         if request.usable_tools and not request.max_forced_calls:
             self._check_free_calls()
@@ -120,6 +121,8 @@ class ChatTokenizer:
             )
         self._check_known("logit_bias", map(int, request.logit_bias or ()))
         self._check_known("stop_token_ids", request.stop_token_ids)
+        if request.answer_schema is not None:
+            await check_grammar(request.answer_schema, request.answer_schema_param)
 
     def _check_known(self, param: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
