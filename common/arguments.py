@@ -77,13 +77,17 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         "  DYN_CHAT_API_KEY   API keys, separated by commas, in addition to --api-key\n",
     )
 
-    def number(flag: str, kind: type[int] | type[float], value: float, text: str) -> None:
-        parser.add_argument(flag, type=_positive(kind), default=value, metavar="N", help=f"{text} (default: {value})")
+    def number(field: str, text: str) -> None:
+        flag, value = f"--{field.removesuffix('_s').replace('_', '-')}", getattr(default, field)
+        parser.add_argument(
+            flag, dest=field, type=_positive(type(value)), default=value, metavar="N", help=f"{text} (default: {value})"
+        )
 
     parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=default.port, help="port to listen on (default: %(default)s)")
     parser.add_argument(
         "--share-port",
+        dest="is_port_shared",
         action="store_true",
         help="let several frontends with this flag listen on one port; the kernel spreads the connections",
     )
@@ -104,31 +108,26 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
         metavar="NAME",
         help="answer requests to these host names, and to those of loopback, only (default: any; on loopback: none)",
     )
-    parser.add_argument("--no-page", action="store_true", help="serve no page at /, and ignore the header x-show-path")
-    number("--max-body-bytes", int, default.max_body_bytes, "largest request body; NATS' max_payload is 1 MB by itself")
-    number("--max-concurrency", int, default.max_concurrency, "requests in flight at once; more get 429")
-    number("--request-timeout", float, default.request_timeout_s, "seconds that one answer may take; then 504")
-    number("--header-timeout", float, default.header_timeout_s, "seconds that a client may take to send its headers")
-    number("--body-timeout", float, default.body_timeout_s, "seconds that a client may take to send its body")
-    number("--send-timeout", float, default.send_timeout_s, "seconds without reading until a client is dropped")
-    number("--processor-wait", float, default.processor_wait_s, "seconds to wait for a processor before 503")
-    args = parser.parse_args(argv)
-    keys = [*args.api_key, *os.environ.get("DYN_CHAT_API_KEY", "").split(",")]
+    parser.add_argument(
+        "--no-page",
+        dest="is_page_served",
+        action="store_false",
+        help="serve no page at /, and ignore the header x-show-path",
+    )
+    number("max_body_bytes", "largest request body; NATS' max_payload is 1 MB by itself")
+    number("max_concurrency", "requests in flight at once; more get 429")
+    number("request_timeout_s", "seconds that one answer may take; then 504")
+    number("header_timeout_s", "seconds that a client may take to send its headers")
+    number("body_timeout_s", "seconds that a client may take to send its body")
+    number("send_timeout_s", "seconds without reading until a client is dropped")
+    number("processor_wait_s", "seconds to wait for a processor before 503")
+    fields = vars(parser.parse_args(argv))
+    keys = [*fields.pop("api_key"), *os.environ.get("DYN_CHAT_API_KEY", "").split(",")]
     return FrontendArgs(
-        host=args.host,
-        port=args.port,
-        is_port_shared=args.share_port,
         api_keys=tuple(key.strip() for key in keys if key.strip()),
-        cors_origins=tuple(args.cors_origin),
-        allowed_hosts=tuple(args.allowed_hosts),
-        max_body_bytes=args.max_body_bytes,
-        max_concurrency=args.max_concurrency,
-        request_timeout_s=args.request_timeout,
-        header_timeout_s=args.header_timeout,
-        body_timeout_s=args.body_timeout,
-        send_timeout_s=args.send_timeout,
-        processor_wait_s=args.processor_wait,
-        is_page_served=not args.no_page,
+        cors_origins=tuple(fields.pop("cors_origin")),
+        allowed_hosts=tuple(fields.pop("allowed_hosts")),
+        **fields,
     )
 
 

@@ -3,8 +3,6 @@
 Servers, environment and supervisor are those of `make run`: a reader breaks one and then the other in the same way.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys
@@ -14,11 +12,11 @@ import torch
 from common.sglang.engine_args import CPU_DEFAULTS, CPU_ENVIRONMENT
 from launch.command import run_command, say
 from launch.first_question import show_answer
-from launch.infra import require_given_servers, server_programs
+from launch.infra import listens, require_given_servers, server_programs
 from launch.logs import shown
 from launch.model import ROOT
 from launch.program import Program
-from launch.settings import LOOPBACK, Settings
+from launch.settings import Settings
 from launch.supervisor import Supervisor
 
 POLL_S = 0.5
@@ -34,7 +32,7 @@ async def run(settings: Settings) -> None:
     supervisor = Supervisor(folder, [*server_programs(settings, folder), *chapter_programs(settings)])
     async with supervisor.running():
         say(f"chapter-1: starting nats, etcd and the scripts of docs/chapter-1; logs in {shown(folder)}/logs")
-        while not await _accepts(settings.http_port):  # the frontend waits for the processor, and that for the engine
+        while not listens(settings.http_port):  # the frontend waits for the processor, and that for the engine
             supervisor.require_alive()
             await asyncio.sleep(POLL_S)
         await asyncio.to_thread(show_answer, settings)
@@ -74,15 +72,6 @@ def cpu_flags() -> list[str]:
     for name, value in CPU_DEFAULTS.items():
         flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return flags
-
-
-async def _accepts(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection(LOOPBACK, port)
-    except OSError:
-        return False
-    writer.close()
-    return True
 
 
 async def main() -> None:

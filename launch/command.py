@@ -1,7 +1,5 @@
 """How a launch ends: by which signals, with which last line and exit status."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import signal

@@ -3,8 +3,6 @@
 Its supervisor starts again whatever ends, so that a restart is a SIGTERM and some patience.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,12 +1,11 @@
 """What a router is for, shown: the time to the first token of each turn of a conversation, without it and with it."""
 
-from __future__ import annotations
-
-import http.client
 import json
 import time
 from dataclasses import dataclass
 from typing import Any
+
+import httpx
 
 from launch.command import LaunchError, say
 from launch.first_question import ANSWER_TIMEOUT_S
@@ -19,6 +18,22 @@ TURNS = (
     "Find a title for it.",
 )
 MAX_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Turn:
+    """first_token_s: seconds until it came. usage: OpenAI's."""
+
+    first_token_s: float
+    text: str
+    usage: dict[str, Any]
+
+    def found(self) -> str:
+        """How much of the prompt was cached, where the engine tells."""
+        details = self.usage.get("prompt_tokens_details") or {}
+        if (num_cached := details.get("cached_tokens")) is None:
+            return ""
+        return f"   {num_cached} of {self.usage['prompt_tokens']} tokens cached"
 
 
 def show_turns_of_engines(settings: Settings) -> None:
@@ -37,22 +52,6 @@ def show_choices_of_the_router(settings: Settings) -> None:
 
 def _row(who: str, turns: list[Turn]) -> str:
     return f"run: {who:<32}" + "".join(f"{turn.first_token_s:9.2f}" for turn in turns) + turns[-1].found()
-
-
-@dataclass(frozen=True)
-class Turn:
-    """first_token_s: seconds until it came. usage: OpenAI's."""
-
-    first_token_s: float
-    text: str
-    usage: dict[str, Any]
-
-    def found(self) -> str:
-        """How much of the prompt was cached, where the engine tells."""
-        details = self.usage.get("prompt_tokens_details") or {}
-        if (num_cached := details.get("cached_tokens")) is None:
-            return ""
-        return f"   {num_cached} of {self.usage['prompt_tokens']} tokens cached"
 
 
 def conversation(settings: Settings, place: str) -> list[Turn]:
@@ -75,24 +74,22 @@ def ask(settings: Settings, messages: list[dict[str, str]]) -> Turn:
         "model": settings.model, "messages": messages, "max_tokens": MAX_TOKENS,
         "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    connection = http.client.HTTPConnection(LOOPBACK, settings.http_port, timeout=ANSWER_TIMEOUT_S)
+    url = f"http://{LOOPBACK}:{settings.http_port}/v1/chat/completions"
     started_at, first_token_s, text = time.monotonic(), None, ""
     usage: dict[str, Any] = {}
     try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        for line in connection.getresponse():
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line.removeprefix(b"data: "))
-            usage = event.get("usage") or usage
-            for choice in event.get("choices", ()):
-                if content := choice["delta"].get("content"):
-                    first_token_s = first_token_s or time.monotonic() - started_at
-                    text += content
-    except (OSError, http.client.HTTPException) as error:
+        with (
+            httpx.Client(trust_env=False, timeout=ANSWER_TIMEOUT_S) as client,
+            client.stream("POST", url, json=body) as response,
+        ):
+            for event in (json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")):
+                usage = event.get("usage") or usage
+                for choice in event.get("choices", ()):
+                    if content := choice["delta"].get("content"):
+                        first_token_s = first_token_s or time.monotonic() - started_at
+                        text += content
+    except httpx.HTTPError as error:
         raise LaunchError(f"the conversation failed: {error}") from error
-    finally:
-        connection.close()
     if first_token_s is None:
         raise LaunchError("a turn of the conversation got no answer")
     return Turn(first_token_s, text, usage)

@@ -1,17 +1,14 @@
 """The chapter's last two terminal commands, run and checked: the curl, and the look into etcd."""
 
-from __future__ import annotations
-
-import http.client
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from typing import Any
+
+import httpx
 
 from launch.command import LaunchError, say
 from launch.settings import BIN, LOOPBACK, Settings
@@ -73,7 +70,7 @@ def ask(settings: Settings) -> dict[str, Any]:
         _, _, _, url, *_, question = shlex.split(command)
         try:
             _, body = fetch(url, question, timeout_s=ANSWER_TIMEOUT_S)
-        except OSError as error:
+        except httpx.HTTPError as error:
             raise LaunchError(f"the request failed: {error}") from error
     try:
         answer: dict[str, Any] = json.loads(body)
@@ -89,20 +86,13 @@ def fetch(url: str, json_body: str | None = None, *, timeout_s: float) -> tuple[
     """GET, or POST some JSON: the status and the body, of an error too.
 
     Raises:
-        OSError: there is no answer.
+        httpx.HTTPError: there is no answer.
     """
-    data = json_body.encode() if json_body else None
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    method, headers = ("POST", {"Content-Type": "application/json"}) if json_body else ("GET", {})
     # A proxy that the environment names has nothing to do with this machine's own servers.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=timeout_s) as response:
-            return response.status, str(response.read(), "utf-8")
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, str(error.read(), "utf-8")
-    except http.client.HTTPException as error:
-        raise OSError(f"no HTTP: {error!r}") from error
+    with httpx.Client(trust_env=False, timeout=timeout_s) as client:
+        response = client.request(method, url, content=json_body, headers=headers)
+    return response.status_code, response.text
 
 
 def _output(command: list[str], **environ: str) -> str:

@@ -3,8 +3,6 @@
 The real servers, from wheels, on loopback only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import socket
@@ -85,7 +83,7 @@ async def serve(settings: Settings) -> None:
     folder = settings.data_folder / "infra"
     supervisor = Supervisor(folder, server_programs(settings, folder))
     async with supervisor.running():
-        while not all(_listens(port) for program in supervisor.programs for port in program.ports.values()):
+        while not all(listens(port) for program in supervisor.programs for port in program.ports.values()):
             supervisor.require_alive()
             await asyncio.sleep(POLL_S)
         say(f"infra: NATS at {settings.nats_server}, with JetStream; logs in {shown(folder)}/logs")
@@ -97,7 +95,7 @@ async def serve(settings: Settings) -> None:
         await supervisor.keep_running()
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     try:
         socket.create_connection((LOOPBACK, port), timeout=1).close()
     except OSError:

@@ -1,7 +1,5 @@
 """The programs' logs: what is new in them, what of that is shown, and how far an engine's start has come."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

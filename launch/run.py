@@ -1,13 +1,13 @@
 """`make run`: everything on one machine, the chapter's question and its answer, and then it stays up."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Coroutine
+
+import httpx
 
 from launch.command import LaunchError, run_command, say
 from launch.conversation import show_choices_of_the_router, show_turns_of_engines
@@ -129,7 +129,7 @@ def what_is_missing(settings: Settings) -> str | None:
     """Ask the frontend's /ready. None where nothing is missing, else a sentence."""
     try:
         status, body = fetch(f"http://{LOOPBACK}:{settings.http_port}/ready", timeout_s=5)
-    except OSError:
+    except httpx.HTTPError:
         return "Waiting for frontend."
     try:
         ready = json.loads(body)

@@ -1,7 +1,5 @@
 """What the environment says about a launch: ports, servers, model. Read once, in one place."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Mapping
@@ -40,7 +38,7 @@ class Settings(BaseModel):
     data_folder: InRoot = Field(ROOT / ".data", alias="DATA_DIR")
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the variables; an empty one counts as not set.
 
         Raises:

@@ -5,8 +5,6 @@ no more than pids. In the end they are stopped in reverse order: SIGTERM, time t
 of the process group. SIGTERM goes to the program alone: an engine that drains still needs its scheduler.
 """
 
-from __future__ import annotations
-
 import asyncio
 import fcntl
 import os

@@ -68,7 +68,7 @@ def answer(folder: str) -> dict[str, Any]:
     return {
         "arguments": dict(parsed(folder)),
         "environment": dict(os.environ),
-        "gathering": gathering(),
+        "prefill_batching": prefill_batching(),
         "grammars": grammars(),
         "cache_events": cache_events(),
         **platform(),
@@ -120,7 +120,7 @@ def is_ours(hooks: list[Any]) -> bool:
     return any(hook.__module__.startswith("common.") for _, hook, _ in hooks)
 
 
-def gathering() -> dict[str, Any]:
+def prefill_batching() -> dict[str, Any]:
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.scheduler_components.request_receiver import SchedulerRequestReceiver

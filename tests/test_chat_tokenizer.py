@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from common.arguments import Parsing, parse_processor_args
 from common.errors import ContextLengthExceeded, InvalidRequest
-from common.openai.request import Message, parse_chat_request
+from common.openai.messages import Message
+from common.openai.request import parse_chat_request
 from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.text.chat_tokenizer import SHORT_CHARACTERS, SHORT_MESSAGES, ChatTokenizer

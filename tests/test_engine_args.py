@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from common.sglang.engine_args import keep_ports_local, parse_engine_args
-from common.sglang.model_lookup import look_up_model
+from common.sglang.engine_args import keep_ports_local, look_up_model, parse_engine_args
 from tests.processes import ROOT
 from tests.sglang_probe import probe
 

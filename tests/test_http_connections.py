@@ -15,9 +15,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from common.arguments import parse_frontend_args
-from common.http.app import Pipeline as HttpPipeline
-from common.http.app import create_app
 from common.http.protocol import MAX_HEADER_BYTES, MAX_HEADERS, GuardedProtocol
+from common.http.server import Pipeline as HttpPipeline
+from common.http.server import create_app
 from common.observability.metrics import Metrics
 from tests.load import error_of
 from tests.processes import Pipeline

@@ -17,8 +17,8 @@ import pytest
 
 from common.arguments import FrontendArgs, parse_frontend_args
 from common.dynamo.directories import ModelDirectory
-from common.http.app import Pipeline as HttpPipeline
-from common.http.app import create_app
+from common.http.server import Pipeline as HttpPipeline
+from common.http.server import create_app
 from common.observability.logs import OneLineFormatter
 from common.observability.metrics import Metrics
 from tests.frontends import frontend_beside

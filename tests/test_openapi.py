@@ -16,10 +16,10 @@ import schemathesis
 
 from common.arguments import FrontendArgs
 from common.errors import PipelineError
-from common.http.app import Pipeline as HttpPipeline
-from common.http.app import create_app
+from common.http.openapi import openapi_document
+from common.http.server import Pipeline as HttpPipeline
+from common.http.server import create_app
 from common.observability.metrics import Metrics
-from common.openai.openapi import openapi_document
 from common.openai.request import NO_OPS, ChatCompletionRequest
 from common.openai.strict_model import IGNORED
 from tests.frontends import frontend_beside

@@ -1,26 +1,117 @@
-"""uvicorn inside a Dynamo worker: one event loop, one owner of the signals."""
+"""The frontend's HTTP server: its routes around the chat, what stands before all of them, and uvicorn in a worker."""
 
 import asyncio
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import msgspec
 import uvicorn
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import Request
 
 from common.arguments import FrontendArgs
-from common.dynamo.runtime import DRAIN_TIMEOUT_S, DistributedRuntime
-from common.http.app import ChatRoute, create_app
-from common.http.app import Pipeline as Pipeline
+from common.dynamo.directories import ModelDirectory
+from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, DistributedRuntime
+from common.errors import ModelNotFound, Unavailable
+from common.http.errors import install_error_handlers
+from common.http.middleware import CHAT_PATH, HEADER, ApiKeys, ConcurrencyLimit, HostNames, RequestId
+from common.http.openapi import install_openapi
 from common.http.protocol import limit_unread, protocol_with
+from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
+from common.observability.metrics import Metrics
+from common.observability.request_records import RequestRecords
+from common.openai.responses import Models, model_of
+from common.page.live_page import install_live_page
 
 _BACKLOG = 2048
+GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
+ChatRoute = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What the frontend knows of the processes behind it. `engine_client`: only asked what there is."""
+
+    models: ModelDirectory
+    processor_client: Client
+    engine_client: Client
+
+
+def create_app(chat_completions: ChatRoute, pipeline: Pipeline, args: FrontendArgs, metrics: Metrics) -> FastAPI:
+    """The HTTP side as an ASGI app."""
+    app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
+    app.add_route(CHAT_PATH, chat_completions, methods=["POST"])
+    install_error_handlers(app)
+    install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
+    if args.is_page_served:
+        install_live_page(app, pipeline.models, pipeline.engine_client)
+    _add_routes(app, pipeline, metrics)
+    _add_middleware(app, args, metrics)
+    return app
+
+
+def json_response(message: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(message), media_type="application/json")
+
+
+def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
+    @app.api_route("/v1/models", methods=GET)
+    async def list_models() -> Response:
+        known = await pipeline.models.models()
+        return json_response(Models(data=[model_of(name, served) for name, served in known.items()]))
+
+    @app.api_route("/v1/models/{model:path}", methods=GET)
+    async def retrieve_model(model: str) -> Response:
+        known = await pipeline.models.models()
+        if model not in known:
+            raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
+        return json_response(model_of(model, known[model]))
+
+    @app.api_route("/health", methods=GET)
+    async def health() -> JSONResponse:
+        """Alive: this process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.api_route("/ready", methods=GET)
+    async def ready() -> JSONResponse:
+        """Ready: a processor and an engine are registered, so that a chat request will be answered."""
+        instances = {
+            "processors": len(await pipeline.processor_client.instance_ids()),
+            "engines": len(await pipeline.engine_client.instance_ids()),
+        }
+        if missing := " and ".join(name for name, count in instances.items() if not count):
+            raise Unavailable(f"Waiting for {missing}.")
+        return JSONResponse({"status": "ready"} | instances)
+
+    @app.api_route("/metrics", methods=GET)
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type=METRICS_TYPE)
+
+
+def _add_middleware(app: FastAPI, args: FrontendArgs, metrics: Metrics) -> None:
+    """The last one added is the outermost."""
+    app.add_middleware(ConcurrencyLimit, limit=args.max_concurrency)
+    app.add_middleware(ApiKeys, keys=args.api_keys)
+    if args.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[HEADER],
+        )  # fmt: skip
+    app.add_middleware(HostNames, address=args.host, allowed=args.allowed_hosts)
+    app.add_middleware(RequestId, records=RequestRecords(metrics), is_path_shown=args.is_page_served)
 
 
 class _Server(uvicorn.Server):
+    """On the worker's event loop, of which the signals are the worker's, too."""
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # they belong to the worker
+        yield
 
 
 def _listen(host: str, port: int, *, is_shared: bool) -> socket.socket:

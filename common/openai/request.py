@@ -21,6 +21,7 @@ from pydantic import (
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import JsonSchema, check_size, schema_text
+from common.openai.messages import Message
 from common.openai.strict_model import (
     IGNORED,
     IS_LIST,
@@ -35,71 +36,6 @@ from common.openai.strict_model import (
 )
 from common.openai.tools import MAX_FORCED_CALLS, NamedTool, Tool, ToolChoice, Tools, forced_calls_schema
 from common.wire import SCHEMA_PARAM
-
-# Fields of an answer's message, for clients that send it back, and what they mark for a cache.
-_NO_OPS: dict[str, Any] = {"annotations": ([],), "tool_calls": ([],), "id": IGNORED, "cache_control": IGNORED}
-
-
-class TextPart(StrictModel):
-    no_ops: ClassVar = {"cache_control": IGNORED}
-    type: Literal["text"]
-    text: str
-
-
-Content = Annotated[Annotated[str, IS_STRING] | Annotated[list[TextPart], IS_LIST], STRING_OR_LIST]
-
-
-class _Message(StrictModel):
-    no_ops = _NO_OPS
-    name: str | None = None
-
-
-class SystemMessage(_Message):
-    role: Literal["system", "developer"]
-    content: Content
-
-
-class UserMessage(_Message):
-    role: Literal["user"]
-    content: Content
-
-
-class FunctionCall(StrictModel):
-    name: str
-    arguments: str
-
-
-class ToolCall(StrictModel):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-
-
-class AssistantMessage(_Message):
-    """`content` may be missing where the assistant called tools."""
-
-    rules: ClassVar = [any_of(present("content"), present("refusal"), present("tool_calls", minItems=1))]
-    role: Literal["assistant"]
-    content: Content | None = None
-    refusal: str | None = None
-    reasoning_content: str | None = Field(None, description="For chat templates that take it.")
-    tool_calls: list[ToolCall] | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> "AssistantMessage":
-        if self.content is None and self.tool_calls is None and self.refusal is None:
-            raise ValueError("an assistant message needs content or tool_calls")
-        return self
-
-
-class ToolMessage(_Message):
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 4, 256

@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from common.sglang.model_lookup import look_up_model
 from common.sglang.plugins import switch_on
 
 if TYPE_CHECKING:
@@ -132,6 +132,40 @@ def _check_model(argv: Sequence[str]) -> None:
             _exit(f"--model-path {arguments.model_path}: {error.args[0]}")
     elif arguments.config is None:
         _exit("which model? Give --model-path a folder or a name on the Hugging Face hub")
+
+
+def look_up_model(model: str, revision: str | None = None) -> None:
+    """Make sure that `model` is a model's folder, a file of weights, or known to the Hugging Face hub.
+
+    Raises:
+        LookupError: it is none of them; the message says why, in one line.
+    """
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "params.json").is_file():
+            raise LookupError("the folder holds no model (no config.json)")
+    elif path.is_file() or "://" in model or os.getenv("SGLANG_USE_MODELSCOPE"):
+        pass  # SGLang's to judge: a GGUF file, an object store, another hub
+    elif path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise LookupError("no such folder")
+    else:
+        _look_up_on_hub(model, revision)
+
+
+def _look_up_on_hub(model: str, revision: str | None) -> None:
+    import httpx
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(model, "config.json", revision=revision), str):
+            HfApi().model_info(model, revision=revision, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError):
+        raise LookupError("no such folder, and no such model on the Hugging Face hub") from None
+    except RevisionNotFoundError:
+        raise LookupError(f"the Hugging Face hub has no revision {revision} of it") from None
+    except (httpx.HTTPError, OSError) as error:
+        raise LookupError(f"no such folder, and the Hugging Face hub is out of reach ({error})") from error
 
 
 def _exit(message: str) -> NoReturn:

@@ -29,8 +29,9 @@ def cpu_platform() -> str | None:
 
 
 def gathered_prefills() -> None:
+    """Prefill batching."""
     if _are_on():
-        from common.sglang.gathered_prefills import register
+        from common.sglang.prefill_batching import register
 
         register()
 

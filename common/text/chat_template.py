@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jinja2
 
 from common.errors import InvalidRequest
-from common.openai.request import Message
+from common.openai.messages import Message
 from common.openai.tools import Tool
 
 if TYPE_CHECKING:

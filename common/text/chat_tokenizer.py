@@ -15,7 +15,8 @@ import tokenizers
 
 from common.arguments import Parsing
 from common.errors import InvalidRequest
-from common.openai.request import ChatCompletionRequest, Message
+from common.openai.messages import Message
+from common.openai.request import ChatCompletionRequest
 from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.sglang.tool_call_parsers import check_parser

@@ -20,7 +20,7 @@ MAX_INTERRUPTIONS = 2.0
 MAX_WAIT_S = 0.1
 
 
-class Gathering:
+class PrefillBatching:
     """Decides when waiting requests are prefilled. clock: seconds, monotonic."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,7 +30,7 @@ class Gathering:
         self._taken_at: float | None = None
         self._first_came_at: float | None = None
 
-    def is_time(self, last_batch: Any, is_any_waiting: Callable[[], bool]) -> bool:
+    def is_due(self, last_batch: Any, is_any_waiting: Callable[[], bool]) -> bool:
         """Whether waiting requests may be taken now. last_batch: SGLang's of the last step, None where it idles."""
         now = self._clock()
         if last_batch is None:
@@ -56,10 +56,10 @@ class Gathering:
         self._taken_at, self._first_came_at = self._clock(), None
 
 
-_gathering = Gathering()
+_batching = PrefillBatching()
 
 
-def take_when_gathered(pull: Callable[[Any], list[Any] | None], receiver: Any) -> list[Any] | None:
+def take_in_batches(pull: Callable[[Any], list[Any] | None], receiver: Any) -> list[Any] | None:
     """Stands around `SchedulerRequestReceiver._pull_raw_reqs`, which reads the sockets on one rank.
 
     That rank tells the others what came, so all of them see the same.
@@ -71,10 +71,10 @@ def take_when_gathered(pull: Callable[[Any], list[Any] | None], receiver: Any) -
     def is_any_waiting() -> bool:
         return bool(receiver.recv_from_tokenizer.poll(0) or (receiver.recv_from_rpc and receiver.recv_from_rpc.poll(0)))
 
-    if not _gathering.is_time(receiver.get_last_batch(), is_any_waiting):
+    if not _batching.is_due(receiver.get_last_batch(), is_any_waiting):
         return []
     if requests := pull(receiver):
-        _gathering.taken()
+        _batching.taken()
     return requests
 
 
@@ -83,6 +83,6 @@ def register() -> None:
 
     HookRegistry.register(
         "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver._pull_raw_reqs",
-        take_when_gathered,
+        take_in_batches,
         HookType.AROUND,
     )

@@ -4,25 +4,15 @@ Made of the types of requests and answers rather than derived from the routes: t
 after its own checks, and answers with JSON or a stream. `tests/test_openapi.py` holds it against the running pipeline.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI
 
-from common.errors import (
-    BadUpstream,
-    DeadlineExceeded,
-    InternalError,
-    InvalidApiKey,
-    InvalidRequest,
-    NotFound,
-    Overloaded,
-    PipelineError,
-    RequestTimeout,
-    RequestTooLarge,
-    Unavailable,
-    UnsupportedMediaType,
-)
+from common import errors
+from common.errors import PipelineError
+from common.http.middleware import CHAT_PATH, PROTECTED_PREFIXES
 from common.openai.request import ChatCompletionRequest
 from common.openai.responses import ChatCompletion, ChatCompletionChunk, JsonObject, Model, Models
 from common.wire import InstanceId
@@ -112,7 +102,7 @@ _MODEL: Schema = {
 }
 
 
-def ref(name: str) -> Schema:
+def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
@@ -120,20 +110,26 @@ def ref(name: str) -> Schema:
 _EVENT_DATA: Schema = {
     "type": "string",
     "contentMediaType": "application/json",
-    "contentSchema": {"anyOf": [ref("ChatCompletionChunk"), ref("Error")]},
+    "contentSchema": {"anyOf": [_ref("ChatCompletionChunk"), _ref("Error")]},
 }
 _EVENT: Schema = {
     "type": "object",
     "properties": {"event": {"const": "message"}, "data": {"anyOf": [_EVENT_DATA, {"const": "[DONE]"}]}},
     "required": ["data"],
 }
+_CHAT_BODY: Schema = {"required": True, "content": {"application/json": {"schema": _ref("ChatCompletionRequest")}}}
+_CHAT_ANSWER: Schema = {"application/json": _ref("ChatCompletion"), "text/event-stream": _EVENT}
+_CHAT_ERRORS = (
+    errors.InvalidRequest, errors.NotFound, errors.RequestTimeout, errors.RequestTooLarge,
+    errors.UnsupportedMediaType, errors.Overloaded, errors.BadUpstream, errors.Unavailable, errors.DeadlineExceeded,
+)  # fmt: skip
 
 
 def _header(description: str, schema: Schema) -> Schema:
     return {"description": description, "required": True, "schema": schema}
 
 
-def response(description: str, content: Schema, headers: Schema | None = None) -> Schema:
+def _response(description: str, content: Schema, headers: Schema | None = None) -> Schema:
     """content: the schema for each media type."""
     return {
         "description": description,
@@ -142,41 +138,66 @@ def response(description: str, content: Schema, headers: Schema | None = None) -
     }
 
 
-def _error_responses(*errors: type[PipelineError]) -> dict[str, Schema]:
+def _answer(description: str, schema: str) -> Schema:
+    return _response(description, {"application/json": _ref(schema)})
+
+
+def _error_responses(*kinds: type[PipelineError]) -> dict[str, Schema]:
     retry_after = {"retry-after": _header("Seconds.", {"type": "integer", "minimum": 0})}
     return {
-        str(error.status): response(
-            error.__doc__ or "", {"application/json": ref("Error")}, retry_after if error.retry_after_s else None
+        str(error.status): _response(
+            error.__doc__ or "", {"application/json": _ref("Error")}, retry_after if error.retry_after_s else None
         )
-        for error in errors
+        for error in kinds
     }
 
 
-def _operation(summary: str, responses: dict[str, Schema], *parameters: Schema, **more: Any) -> Schema:
-    responses = dict(sorted({**responses, **_error_responses(InternalError)}.items()))
-    return {"summary": summary, "parameters": [*parameters, _REQUEST_ID], "responses": responses, **more}
+def _operation(
+    name: str, summary: str, answer: Schema, *kinds: type[PipelineError], parameters: Iterable[Schema] = ()
+) -> Schema:
+    responses = {"200": answer} | _error_responses(*kinds, errors.InternalError)
+    return {
+        "operationId": name, "summary": summary, "parameters": [*parameters, _REQUEST_ID], "responses": responses,
+    }  # fmt: skip
 
 
-def _answer(description: str, schema: str) -> dict[str, Schema]:
-    return {"200": response(description, {"application/json": ref(schema)})}
+def _require_key(operation: Schema) -> None:
+    operation["responses"] = dict(sorted((operation["responses"] | _error_responses(errors.InvalidApiKey)).items()))
+    operation["security"] = [{"apiKey": []}]
 
 
-def _chat_completions(*parameters: Schema) -> Schema:
-    request = {"required": True, "content": {"application/json": {"schema": ref("ChatCompletionRequest")}}}
-    content = {"application/json": ref("ChatCompletion"), "text/event-stream": _EVENT}
-    errors = _error_responses(
-        InvalidRequest, NotFound, RequestTimeout, RequestTooLarge, UnsupportedMediaType, Overloaded,
-        BadUpstream, Unavailable, DeadlineExceeded,
+def _operations(*, is_page_served: bool) -> dict[str, tuple[str, Schema]]:
+    """The method and the operation of each path."""
+    chat = _operation(
+        "createChatCompletion", "Answer a chat", _response(_STREAM, _CHAT_ANSWER), *_CHAT_ERRORS,
+        parameters=[_SHOW_PATH] * is_page_served,
     )  # fmt: skip
-    return _operation(
-        "Answer a chat", {"200": response(_STREAM, content), **errors}, *parameters,
-        operationId="createChatCompletion", requestBody=request,
-    )  # fmt: skip
+    models = _operation("listModels", "List the models", _answer("Those that processors serve.", "Models"))
+    model = _operation(
+        "retrieveModel", "Look a model up", _answer("The model.", "Model"), errors.NotFound, parameters=[_MODEL]
+    )
+    ready = _answer("A processor and an engine are there.", "Ready")
+    metrics = _response("Prometheus' text format.", {"text/plain": STRING})
+    operations = {
+        CHAT_PATH: ("post", chat | {"requestBody": _CHAT_BODY}),
+        "/v1/models": ("get", models),
+        "/v1/models/{model}": ("get", model),
+        "/health": ("get", _operation("health", "Is this process alive?", _answer("It is.", "Health"))),
+        "/ready": ("get", _operation("ready", "Will a chat request be answered?", ready, errors.Unavailable)),
+        "/metrics": ("get", _operation("metrics", "What the frontend has counted", metrics)),
+    }
+    if is_page_served:
+        operations["/pipeline"] = ("get", _operation("pipeline", "Who is there?", _answer("As etcd says.", "Pipeline")))
+    return operations
 
 
-def _protected(operation: Schema) -> Schema:
-    responses = dict(sorted({**operation["responses"], **_error_responses(InvalidApiKey)}.items()))
-    return {**operation, "responses": responses, "security": [{"apiKey": []}]}
+def _schemas() -> dict[str, Schema]:
+    request: Schema = ChatCompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    answers = (Error, ChatCompletion, ChatCompletionChunk, Model, Models, Health, Ready, Pipeline)
+    _, schemas = msgspec.json.schema_components(answers, ref_template="#/components/schemas/{name}")
+    inner: Schema = request.pop("$defs")
+    answered = {name: _with_constants(schema) for name, schema in schemas.items()}
+    return answered | inner | {"ChatCompletionRequest": request}
 
 
 def _with_constants(schema: Schema) -> Schema:
@@ -187,53 +208,21 @@ def _with_constants(schema: Schema) -> Schema:
     return schema | {"required": sorted({*schema["required"], *constants})}
 
 
-def openapi_document(*, is_key_required: bool, is_page_served: bool = True) -> dict[str, Any]:
-    """The document.
+def openapi_document(*, is_key_required: bool, is_page_served: bool = True) -> Schema:
+    """is_key_required: whether what is protected wants one of the frontend's API keys.
 
-    is_key_required: whether the routes under /v1, and what the page shows, want one of the frontend's API keys.
-    is_page_served: whether there is that page, and a way to ask for a request's path.
+    is_page_served: whether there is the page at `/`, and a way to ask for a request's path.
     """
-    protected = _protected if is_key_required else dict
-    request = ChatCompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    answers = (Error, ChatCompletion, ChatCompletionChunk, Model, Models, Health, Ready, Pipeline)
-    _, schemas = msgspec.json.schema_components(answers, ref_template="#/components/schemas/{name}")
-    schemas = {name: _with_constants(schema) for name, schema in schemas.items()}
-    components: dict[str, Any] = {"schemas": schemas | request.pop("$defs") | {"ChatCompletionRequest": request}}
+    operations, components = _operations(is_page_served=is_page_served), {"schemas": _schemas()}
     if is_key_required:
         components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
-    models = _operation("List the models", _answer("Those that processors serve.", "Models"), operationId="listModels")
-    model = _operation(
-        "Look a model up",
-        {**_answer("The model.", "Model"), **_error_responses(NotFound)},
-        _MODEL,
-        operationId="retrieveModel",
-    )
-    health = _operation("Is this process alive?", _answer("It is.", "Health"), operationId="health")
-    ready = _operation(
-        "Will a chat request be answered?",
-        {**_answer("A processor and an engine are there.", "Ready"), **_error_responses(Unavailable)},
-        operationId="ready",
-    )
-    metrics = _operation(
-        "What the frontend has counted",
-        {"200": response("Prometheus' text format.", {"text/plain": STRING})},
-        operationId="metrics",
-    )
-    pipeline = _operation("Who is there?", _answer("As etcd says.", "Pipeline"), operationId="pipeline")
-    for_page = {"/pipeline": {"get": protected(pipeline)}} if is_page_served else {}
-    chat = _chat_completions(*[_SHOW_PATH] * is_page_served)
+        for path, (_, operation) in operations.items():
+            if path.startswith(PROTECTED_PREFIXES):
+                _require_key(operation)
     return {
         "openapi": "3.1.0",
         "info": {"title": "Chat completions on Dynamo", "version": "1.0", "description": _DESCRIPTION},
-        "paths": {
-            "/v1/chat/completions": {"post": protected(chat)},
-            "/v1/models": {"get": protected(models)},
-            "/v1/models/{model}": {"get": protected(model)},
-            "/health": {"get": health},
-            "/ready": {"get": ready},
-            "/metrics": {"get": metrics},
-            **for_page,
-        },
+        "paths": {path: {method: operation} for path, (method, operation) in operations.items()},
         "components": components,
     }
 
