@@ -28,7 +28,7 @@ help:
 	@echo 'make status            what `make run` runs'
 	@echo
 	@echo 'make test        every test, with the real servers and the real model'
-	@echo 'make test-long   outages of a minute, a minute of load and faults, 200 schemas: what make test does in seconds'
+	@echo 'make test-long   outages of a minute, a minute of load and faults, 200 schemas (NUM_SCHEMAS=1000): what make test does in seconds'
 	@echo 'make test-quick  only the tests that need no model and no servers'
 	@echo 'make test-page   only the tests of the page at /, in the Chromium that is installed here, if one is'
 	@echo 'make soak        ten minutes of load and faults; SOAK_MINUTES=N for another length'

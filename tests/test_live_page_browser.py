@@ -1,5 +1,6 @@
 """The live page in a real browser: what it shows of a pipeline that changes, and what it does with what it is told."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -55,7 +56,9 @@ def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Itera
 
 
 def start_engine(pipeline: Pipeline) -> Any:
-    return pipeline.fake_engine("--echo", "--token-interval-ms", "50", "--kv-events", "--cache-blocks", "10")
+    return pipeline.fake_engine(
+        "--echo", "--can-constrain", "--token-interval-ms", "50", "--kv-events", "--cache-blocks", "10"
+    )
 
 
 @dataclass
@@ -314,3 +317,60 @@ def test_the_boxes_show_what_caches_have_in_common_and_a_path_shows_the_routers_
         with running(echo.router()):
             wait_until(is_routed_to_what_is_cached, PATIENCE_MS / 1000, "a router")
     assert watched.complaints == []
+
+
+def test_json_is_shown_with_a_line_for_each_value_as_it_comes(watched: Watched, echo: Pipeline) -> None:
+    page = watched.open(echo.url)
+    page.get_by_label("Answer").select_option("JSON")
+    page.evaluate(NOTE_LENGTHS)
+    said = '{"city":"Rome, {Italy}","big":12345678901234567890,"none":[],"all":[1.0,{"x":"\\"<"}]}'
+    watched.ask(said)
+    expect(page.locator(".path")).to_have_count(1)
+    assert page.evaluate("lengths.size") > 5, "it came in one piece"
+    shown = page.locator(".turn .text").nth(1).inner_text()
+    assert shown.splitlines() == [
+        "{", '  "city": "Rome, {Italy}",', '  "big": 12345678901234567890,', '  "none": [],', '  "all": [', "    1.0,",
+        "    {", '      "x": "\\"<"', "    }", "  ]", "}",
+    ]  # fmt: skip
+    assert watched.bodies[0]["response_format"]["type"] == "json_schema"
+    page.get_by_label("Answer").select_option("text")
+    watched.ask("Why?")
+    expect(page.locator(".path")).to_have_count(2)
+    assert watched.bodies[1]["messages"][1] == {"role": "assistant", "content": said}
+    assert "response_format" not in watched.bodies[1]
+    assert watched.complaints == []
+
+
+def test_a_call_is_shown_as_one_and_the_next_message_is_what_the_tool_returns(watched: Watched, echo: Pipeline) -> None:
+    page = watched.open(echo.url)
+    page.get_by_label("Answer").select_option("tool call")
+    arguments = ['{"city": "Rome"}', f'{{"city": {json.dumps(ATTACK)}}}']
+    said = ", ".join(f'{{"name": "weather", "arguments": {each}}}' for each in arguments)
+    watched.ask(f"[{said}]")
+    expect(page.locator(".path")).to_have_count(1)
+    calls = page.locator(".call").all_inner_texts()
+    assert calls[0].splitlines() == ["weather({", '  "city": "Rome"', "})"]
+    assert ATTACK in json.loads(calls[1].removeprefix("weather(").removesuffix(")")).values()
+    for result in ("Sunny.", "Rain."):
+        expect(page.get_by_placeholder("What weather returns")).to_be_visible()
+        watched.ask(result)
+    expect(page.locator(".path")).to_have_count(2)
+    expect(page.get_by_placeholder("Your message")).to_be_visible()
+    assert page.locator(".turn > .who").all_inner_texts()[2:4] == ["weather returned"] * 2
+    assert watched.bodies[1]["tool_choice"] == "none"
+    _, called, *results = watched.bodies[1]["messages"]
+    assert [call["function"]["arguments"] for call in called["tool_calls"]] == arguments
+    assert [(turn["role"], turn["tool_call_id"], turn["content"]) for turn in results] == [
+        ("tool", call["id"], text) for call, text in zip(called["tool_calls"], ("Sunny.", "Rain."), strict=True)
+    ]
+    assert watched.complaints == []
+
+
+def test_fields_that_are_no_json_are_not_sent(watched: Watched, echo: Pipeline) -> None:
+    page = watched.open(echo.url)
+    page.get_by_label("Answer").select_option("JSON")
+    page.get_by_label("Fields").fill("{")
+    watched.ask("Hello!")
+    expect(page.locator(".note.is-bad")).to_have_text(re.compile("^The fields of the request are not JSON"))
+    expect(page.get_by_label("Message")).to_have_value("Hello!")
+    assert watched.bodies == []
