@@ -17,13 +17,15 @@ from bench.peers import PEERS, Peer, Setting, add_variant
 from bench.plan import Case, Measuring
 from bench.processes import ROOT
 from bench.report import write_report
+from bench.routing import measure_routing
 from bench.scaling import measure_scaling
 
 MODEL = "models/SmolLM2-135M-Instruct"
 LANES = (
     "cpu: the pipeline alone, on a fake engine; gpu: with SGLang; growth: cost against tokens, prompt, concurrency "
     "and number of requests; client: what the load client itself can do; hops: where the time to a first token goes "
-    "(on a fake engine, or with --gpu on SGLang); scaling: one, two and four engines, one and two processors"
+    "(on a fake engine, or with --gpu on SGLang); scaling: one, two and four engines, one and two processors; "
+    "routing: the router's policies (on fake engines, or with --gpu on two SGLangs)"
 )
 PEERS_OF_LANE = {
     "cpu": ("mocker", "chapter", "ours"),
@@ -68,12 +70,12 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops", "scaling"], help=LANES)
+    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops", "scaling", "routing"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
-    parser.add_argument("--gpu", action="store_true", help="hops: with SGLang on a GPU")
+    parser.add_argument("--gpu", action="store_true", help="hops, routing: with SGLang on a GPU")
     parser.add_argument("--quick", action="store_true", help="concurrency 64 only, one round")
     parser.add_argument("--rate", type=float, nargs="+", metavar="R", help="open loop too, at R requests/s (Poisson)")
     parser.add_argument("--model", default=MODEL)
@@ -131,6 +133,11 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
             table = measure_scaling(setting, executor, num_rounds=args.rounds, timeout_s=args.start_timeout)
         (args.out / "scaling.md").write_text(table)
+        print(table)
+        return
+    if args.lane == "routing":
+        table = measure_routing(setting, num_rounds=args.rounds, timeout_s=args.start_timeout)
+        (args.out / "routing.md").write_text(table)
         print(table)
         return
     names = [*(args.peers or PEERS_OF_LANE[args.lane]), *map(add_variant, args.variant)]

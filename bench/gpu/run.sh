@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The GPU lane on a bare H100 machine without network, in one command: `bash bench/gpu/run.sh`, from the checkout's
 # root. Expects the kit's parts in /tmp/kit, and $KIT/run in the checkout, and writes results to $OUT.
-# Arguments go to `python3 -m bench gpu`. See README.md beside this file.
+# Arguments go to `python3 -m bench $LANE`. See README.md beside this file.
 set -uo pipefail
 started=$(date +%s)
 step() { echo "[$(($(date +%s) - started)) s] $*"; }
@@ -9,6 +9,7 @@ OUT=${OUT:-bench/out}
 KIT=${KIT:-.kit}
 LIMIT_S=${LIMIT_S:-470}      # the whole command, unpacking included
 START_S=${START_S:-260}      # until all servers are up
+LANE=${LANE:-gpu}
 model=${MODEL:-/tmp/m}
 mkdir -p "$OUT"
 
@@ -23,10 +24,10 @@ ls "$model" > /dev/null || { tail -5 "$OUT/model.log"; exit 1; }
 
 left=$((LIMIT_S - ($(date +%s) - started)))
 step "measuring, $left s left"
-timeout --signal=INT --kill-after=20 "$left" python3 -m bench gpu --model "$model" --out /tmp/bench \
+timeout --signal=INT --kill-after=20 "$left" python3 -m bench "$LANE" --gpu --model "$model" --out /tmp/bench \
   --start-timeout "$START_S" --budget $((left - 35)) "$@" 2>&1 | tee "$OUT/run.log"
 step "packing"
-cp /tmp/bench/gpu.* "$OUT/" 2>/dev/null
+cp /tmp/bench/"$LANE".* "$OUT/" 2>/dev/null
 tar -C /tmp/bench -czf "$OUT/logs.tar.gz" --exclude='nats' --exclude='etcd' --exclude='gpu.*' . 2>/dev/null
 for log in /tmp/bench/logs-*/*/*.log; do
   if grep -qE '^(Traceback|error:)' "$log"; then echo "--- $log"; grep -vE '^\s*$' "$log" | tail -n 6 | cut -c1-300; fi
