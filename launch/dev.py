@@ -1,4 +1,9 @@
-"""`make dev`: `make run`, and a component is restarted when its script, or a module that it imports, is saved."""
+"""`make dev`: `make run`, and a component is restarted when its script, or a module that it imports, is saved.
+
+The new process of a frontend, a processor or a router starts beside the old one, which is stopped once the new one
+serves: so nothing is ever down, also when what was saved does not run. An engine is stopped first, because two may not
+fit into the memory.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from watchfiles import awatch
@@ -41,30 +46,33 @@ class Source:
         while unread:
             file = unread.pop()
             try:
-                names = list(_imports(file))
+                names = _imports(file, file.stat().st_mtime_ns)
+            except FileNotFoundError:  # an editor replaces it at this moment
+                names = ()
             except SyntaxError as error:
                 error.filename = str(file)  # Python leaves it out where it could not even read the text
-                names, self.error = [], error
+                names, self.error = (), error
             new = {file for name in names for file in _files_of(name, self.root)} - files
             unread += [file for file in new if file.suffix == ".py"]
             files |= new
         self.files = files | self.files if self.error else files
 
 
-def _imports(file: Path) -> Iterator[str]:
+@cache
+def _imports(file: Path, _saved_at_ns: int) -> tuple[str, ...]:
     """The names that a module imports, also within a function: a.b of `from a import b`, be b a module or not.
 
     Raises:
         SyntaxError: it is not Python.
     """
-    with suppress(FileNotFoundError):  # an editor replaces it at this moment
-        tree = ast.parse(file.read_bytes(), file)
-        compile(tree, file, "exec")  # finds what only looks like Python, such as a return outside of a function
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    tree, names = ast.parse(file.read_bytes(), file), list[str]()
+    compile(tree, file, "exec")  # finds what only looks like Python, such as a return outside of a function
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
 
 
 def _files_of(name: str, root: Path) -> Iterator[Path]:
@@ -82,33 +90,42 @@ def _files_of(name: str, root: Path) -> Iterator[Path]:
 async def restart_on_save(supervisor: Supervisor, scripts: Mapping[str, Path], root: Path = ROOT) -> None:
     """Until cancelled. scripts: by the program's name. A program whose files are not all Python is left alone."""
     sources = {name: await asyncio.to_thread(Source, script, root) for name, script in scripts.items()}
+    replacing: dict[str, asyncio.Task[None]] = {}
     say(f"dev: save a script or a module, and what imports it restarts: {', '.join(sources)}")
-    while True:
-        folders = _folders(sources)
-        # Folders and not files: an editor puts another file in the old one's place.
-        async for changes in awatch(*folders, recursive=False, debounce=DEBOUNCE_MS):
-            saved = {Path(path) for _, path in changes}
-            for name, source in sources.items():
-                await _restart_if_saved(supervisor, name, source, saved)
-            if not _folders(sources) <= folders:
-                break
+    try:
+        while True:
+            folders = _folders(sources)
+            # Folders and not files: an editor puts another file in the old one's place.
+            async for changes in awatch(*folders, recursive=False, debounce=DEBOUNCE_MS):
+                saved = {Path(path) for _, path in changes}
+                for name, source in sources.items():
+                    if await _is_to_restart(name, source, saved):
+                        if name in replacing:  # by what has been saved before
+                            replacing[name].cancel()
+                        replacing[name] = asyncio.create_task(supervisor.replace(name))
+                if not _folders(sources) <= folders:
+                    break
+    finally:
+        for task in replacing.values():
+            task.cancel()
 
 
 def _folders(sources: Mapping[str, Source]) -> set[Path]:
     return {file.parent for source in sources.values() for file in source.files}
 
 
-async def _restart_if_saved(supervisor: Supervisor, name: str, source: Source, saved: set[Path]) -> None:
+async def _is_to_restart(name: str, source: Source, saved: set[Path]) -> bool:
+    """Whether one of its files was saved, and all are Python. Tells why, or why not."""
     old_files = source.files
     await asyncio.to_thread(source.read)
     if not (changed := sorted(saved & (old_files | source.files))):
-        return
+        return False
     if error := source.error:
         where = f"{_shown(error.filename, source.root)}, line {error.lineno or 1}"
         say(f"dev: {name} goes on as it was: {where}: {error.msg}: {(error.text or '').strip()}")
     else:
         say(f"dev: {name} restarts, because you saved {', '.join(_shown(file, source.root) for file in changed)}")
-        supervisor.restart(name)
+    return source.error is None
 
 
 def _shown(file: Path | str | None, root: Path) -> str:

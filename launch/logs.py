@@ -57,6 +57,13 @@ def last_lines(log: Path, num_lines: int) -> list[str]:
     return [text for line in lines if (text := _clean(line))][-num_lines:]
 
 
+def says_that_it_serves(log: Path, num_bytes: int) -> bool:
+    """A component, in what it has logged after the first `num_bytes`."""
+    with log.open("rb") as file:
+        file.seek(num_bytes)
+        return ": serving " in _clean(file.read())
+
+
 def _clean(line: bytes) -> str:
     return _COLOURS.sub("", line.decode(errors="replace")).rstrip()
 

@@ -65,14 +65,20 @@ def component_programs(settings: Settings) -> list[Program]:
     commands = {
         **{engine_name(number): engine for number in range(settings.num_engines)},
         "processor": [python, "processor.py", "--model", settings.model],
-        "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port)],
+        "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port), "--share-port"],
         "router": [python, "router.py"],
     }
     servers = {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
     environ = os.environ | servers | {"PYTHONUNBUFFERED": "1"}
     ports = {"frontend": {"HTTP_PORT": settings.http_port}}
     return [
-        Program(name=name, command=command, environ=environ, ports=ports.get(name, {}))
+        Program(
+            name=name,
+            command=command,
+            environ=environ,
+            ports=ports.get(name, {}),
+            may_overlap=command is not engine,  # two models may not fit into the memory
+        )
         for name, command in commands.items()
     ]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common.dynamo.runtime import DRAIN_TIMEOUT_S
 from launch.command import LaunchError, say
-from launch.logs import last_lines, shown
+from launch.logs import last_lines, says_that_it_serves, shown
 from launch.program import POLL_S, Program, ended, how_it_ended, kill_group
 
 STOP_S = DRAIN_TIMEOUT_S + 30.0
@@ -41,7 +41,9 @@ class Supervisor:
         self.programs = programs
         self._num_deaths: Counter[str] = Counter()
         self._restarting: set[str] = set()
+        self._started: dict[str, Program] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._keepers: list[asyncio.Task[None]] = []
 
     def log_file(self, name: str) -> Path:
@@ -99,21 +101,56 @@ class Supervisor:
             process.terminate()
             asyncio.get_running_loop().call_later(STOP_S, _kill_if_up, process)
 
-    async def _keep(self, program: Program) -> None:
-        pause_s = 0.0
-        while True:
-            process, started_at = self._processes[program.name], time.monotonic()
-            while process.poll() is None:
+    async def replace(self, name: str) -> None:
+        """Start a program once more, and stop the process that served until now as soon as the new one does.
+
+        Where the new one ends before that, or this is cancelled, the old one goes on. A program that runs once at most,
+        or not at all just now, is restarted.
+        """
+        if name not in self._started:
+            return
+        if not self._started[name].may_overlap or self._processes[name].poll() is not None:
+            self.restart(name)
+            return
+        log = self.log_file(name)
+        num_bytes, new = log.stat().st_size, self._started[name].start(log)
+        try:
+            while not (is_serving := says_that_it_serves(log, num_bytes)) and new.poll() is None:
                 await asyncio.sleep(POLL_S)
-                _rotate(self.log_file(program.name))
+            if is_serving:
+                self._take_over(name, new)
+            else:
+                say(f"supervisor: {name} goes on as it was: the new one {how_it_ended(new)}")
+                say(f"supervisor: its last line: {''.join(last_lines(log, 1))}")
+        finally:
+            if self._processes[name] is not new:
+                kill_group(new)
+
+    def _take_over(self, name: str, new: subprocess.Popen[bytes]) -> None:
+        old = self._processes[name]
+        self._set_process(name, new)
+        say(f"supervisor: {name} started, pid {new.pid}")
+        old.terminate()
+        leaving = asyncio.create_task(ended(old, STOP_S))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
+    async def _keep(self, program: Program) -> None:
+        pause_s, name = 0.0, program.name
+        while True:
+            started_at = time.monotonic()
+            while (process := self._processes[name]).poll() is None:  # another one where it is replaced meanwhile
+                await asyncio.sleep(POLL_S)
+                _rotate(self.log_file(name))
             pause_s = 0.0 if time.monotonic() - started_at > MIN_LIFE_S else min(pause_s + 1.0, MAX_PAUSE_S)
-            if program.name not in self._restarting:
-                self._report_death(program.name, process, pause_s)
+            if name not in self._restarting:
+                self._report_death(name, process, pause_s)
             await ended(process, 0)
-            await self._pause(program.name, pause_s)
-            self._restarting.discard(program.name)
-            self._start(program)
-            say(f"supervisor: {program.name} started, pid {self._processes[program.name].pid}")
+            await self._pause(name, pause_s)
+            self._restarting.discard(name)
+            if self._processes[name] is process:
+                self._start(program)
+                say(f"supervisor: {name} started, pid {self._processes[name].pid}")
 
     def _report_death(self, name: str, process: subprocess.Popen[bytes], pause_s: float) -> None:
         self._num_deaths[name] += 1
@@ -129,8 +166,12 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
 
     def _start(self, program: Program) -> None:
-        process = self._processes[program.name] = program.start(self.log_file(program.name))
-        (self.folder / f"{program.name}.pid").write_text(str(process.pid))
+        self._started[program.name] = program
+        self._set_process(program.name, program.start(self.log_file(program.name)))
+
+    def _set_process(self, name: str, process: subprocess.Popen[bytes]) -> None:
+        self._processes[name] = process
+        (self.folder / f"{name}.pid").write_text(str(process.pid))
 
     async def _stop_all(self) -> None:
         for keeper in self._keepers:
@@ -139,9 +180,12 @@ class Supervisor:
             for process in reversed(self._processes.values()):
                 process.terminate()
                 await ended(process, STOP_S)
+            await asyncio.gather(*self._leaving)
         finally:  # a second Ctrl-C ends the patience with programs that drain
             for process in self._processes.values():
                 _kill_if_up(process)
+            for leaving in self._leaving:
+                leaving.cancel()
             self._remove_files("*.pid")
 
     def _remove_files(self, pattern: str) -> None:

@@ -22,8 +22,8 @@ from tests.checkout import copy_checkout, use_fake_engine
 from tests.processes import ROOT, free_port, wait_until
 
 COMPONENTS = ("engine", "processor", "frontend")
-MAX_DELAY_S = 3.0
-"""From a save to the new process: 0.5 s where the machine has nothing else to do."""
+MAX_DELAY_S = 30.0
+"""From a save to what it changes, over HTTP. On an idle machine it is less than 3 s."""
 
 SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in (*COMPONENTS, "router")}
 
@@ -53,7 +53,7 @@ def test_a_file_belongs_to_those_who_import_it(file: str, components: set[str]) 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Two scripts that stay up: `first` imports common.both and common.page.one, `second` only common.both."""
-    stays_up = "import time\nprint('up', flush=True)\ntime.sleep(600)\n"
+    stays_up = "import time\nprint('up: serving it', flush=True)\ntime.sleep(600)\n"
     files = {
         "first.py": "from common.page import one\nimport common.both\n" + stays_up,
         "second.py": "from common.both import BOTH\n" + stays_up,
@@ -95,11 +95,11 @@ async def until(condition: Callable[[], bool]) -> None:
 class TestRestartOnSave:
     @pytest.fixture
     async def pids(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[], dict[str, int]]]:
-        """The pids of `first` and `second`, which run and are watched."""
+        """The pids of `first` and `second`, which run and are watched. Two of `first` may run at the same time."""
         monkeypatch.setattr(supervisor, "MIN_LIFE_S", 0.0)
         scripts = {name: tree / f"{name}.py" for name in ("first", "second")}
         programs = [
-            Program(name=name, command=[sys.executable, str(script)], environ=os.environ)
+            Program(name=name, command=[sys.executable, str(script)], environ=os.environ, may_overlap=name == "first")
             for name, script in scripts.items()
         ]
         launch = Supervisor(tree / "run", programs)
@@ -167,6 +167,28 @@ class TestRestartOnSave:
         await until(lambda: capsys.readouterr().out.startswith("dev: second restarts"))
         await until(lambda: "up" in (tree / "run/logs/second.log").read_text().splitlines()[-1])
 
+    async def test_where_two_may_overlap_the_old_one_stays_until_the_new_one_serves(
+        self, tree: Path, pids: Callable[[], dict[str, int]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before, script, output = pids()["first"], tree / "first.py", ""
+
+        def is_told(line: str) -> bool:
+            nonlocal output
+            output += capsys.readouterr().out
+            return f"supervisor: {line}\n" in output
+
+        good = script.read_text()
+        script.write_text("import time\ntime.sleep(0.2)\nnonsense\n")
+        await until(lambda: is_told("its last line: NameError: name 'nonsense' is not defined"))
+        assert is_told("first goes on as it was: the new one died (exit status 1)")
+        script.write_text("import time\ntime.sleep(600)\n")  # never serves
+        await until(lambda: len(psutil.Process().children()) == 3)
+        assert pids()["first"] == before
+        script.write_text(good)  # takes the place of the one that is starting
+        await until(lambda: pids()["first"] != before)
+        await until(lambda: {child.pid for child in psutil.Process().children()} == set(pids().values()))
+        assert is_told(f"first started, pid {pids()['first']}")
+
     async def test_a_module_that_is_imported_only_now_is_watched_too(
         self, tree: Path, pids: Callable[[], dict[str, int]]
     ) -> None:
@@ -221,20 +243,25 @@ def test_the_real_frontend_and_processor_serve_what_was_saved(launched: tuple[Pa
         except httpx.TransportError:
             return False
 
+    def wait_for(what: str, path: str, text: str, saved_at: float) -> None:
+        wait_until(lambda: shows(path, text), MAX_DELAY_S, what)
+        print(f"{what} served {time.time() - saved_at:.2f} s after it was saved; load {os.getloadavg()[0]:.0f}")
+
     before = {name: process(name).pid for name in COMPONENTS}
     saved_at = edit(checkout / "common/page/live_page.html", "</body>", "<!-- saved --></body>")
-    wait_until(lambda: shows("/", "<!-- saved -->"), 30, "the new page")
-    assert process("frontend").create_time() - saved_at < MAX_DELAY_S
-
+    wait_for("the new frontend", "/", "<!-- saved -->", saved_at)
     saved_at = edit(checkout / "processor.py", "(args.model_names,", '([*args.model_names, "saved"],')
-    wait_until(lambda: shows("/v1/models", '"saved"'), 30, "the new processor")
-    assert process("processor").create_time() - saved_at < MAX_DELAY_S
-
+    wait_for("the new processor", "/v1/models", '"saved"', saved_at)
+    wait_until(lambda: all(process(name).pid != before[name] for name in ("processor", "frontend")), 10, "the new pids")
     after = {name: process(name).pid for name in COMPONENTS}
-    assert [name for name in COMPONENTS if after[name] == before[name]] == ["engine"]
+    assert after["engine"] == before["engine"]
+
     edit(checkout / "common/text/choice.py", "import math", "import math(")
     said = "dev: processor goes on as it was: common/text/choice.py, line 5: invalid syntax: import math("
     wait_until(lambda: said in (checkout / "output").read_text(), 30, "the error")
+    edit(checkout / "common/text/choice.py", "import math(", "import math\nmeth.pi")
+    said = "supervisor: its last line: NameError: name 'meth' is not defined"
+    wait_until(lambda: said in (checkout / "output").read_text(), 30, "the other error")
     body = {"model": "saved", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
     assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).status_code == 200
     assert {name: process(name).pid for name in COMPONENTS} == after

@@ -1,6 +1,7 @@
 """The frontend's HTTP server: its routes around the chat, what stands before all of them, and uvicorn in a worker."""
 
 import asyncio
+import logging
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,6 +28,8 @@ from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.openai.responses import Models, model_of
 from common.page.live_page import install_live_page
+
+logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
@@ -152,6 +155,7 @@ async def serve_http(
     runtime.run_in_background(stop_with_worker())
     listener = _listen(args.host, args.port, is_shared=args.is_port_shared)
     limit_unread(listener, args.send_timeout_s)
+    logger.info("serving http://%s:%d", args.host, args.port)
     try:
         await server.serve(sockets=[listener])
     finally:
