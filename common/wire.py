@@ -196,6 +196,19 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
     def has_content(self) -> bool:
         return bool(self.token_ids)
 
+    def join(self, later: "EngineChunk") -> bool:
+        """Append the chunk that came next, and say so: not where only one of them has logprobs."""
+        if (self.log_probs is None, self.top_logprobs is None) != (later.log_probs is None, later.top_logprobs is None):
+            return False
+        self.token_ids += later.token_ids
+        if self.log_probs is not None and later.log_probs is not None:
+            self.log_probs += later.log_probs
+        if self.top_logprobs is not None and later.top_logprobs is not None:
+            self.top_logprobs += later.top_logprobs
+        self.finish_reason, self.path = later.finish_reason, later.path or self.path
+        self.cached_tokens = self.cached_tokens if later.cached_tokens is None else later.cached_tokens
+        return True
+
 
 class CacheDescription(msgspec.Struct):
     """What an engine has cached now, in tokens, and at most.
@@ -283,6 +296,21 @@ class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     @property
     def has_content(self) -> bool:
         return bool(self.content or self.reasoning_content or self.logprobs or self.tool_calls)
+
+    def join(self, later: "ProcessorChunk") -> bool:
+        """Append the chunk that came next, and say so: only text of the same choice, where nobody counts its tokens."""
+        if (
+            later.index != self.index
+            or (self.logprobs is None) != (later.logprobs is None)
+            or (self.content and later.reasoning_content)
+            or self.tool_calls
+            or later.tool_calls
+            or self.usage is not None
+        ):
+            return False
+        self.add(later)
+        self.usage, self.path = later.usage, later.path or self.path
+        return True
 
     def add(self, other: "ProcessorChunk") -> None:
         """Append what comes next of the same choice."""

@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -43,9 +42,7 @@ class Routers:
 
     async def _answer(self, kind: str) -> AsyncGenerator[Any, None]:
         await asyncio.sleep(ANSWERS_AFTER_S.get(kind, 0))
-        yield SimpleNamespace(
-            data=lambda: {"worker_id": {"lost": 5, "garbage": None}.get(kind, 8), "num_cached_tokens": 32}
-        )
+        yield {"worker_id": {"lost": 5, "garbage": None}.get(kind, 8), "num_cached_tokens": 32}
 
     def num_open(self) -> int:
         return sum(not context.is_stopped() for context in self.contexts)

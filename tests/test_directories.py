@@ -109,10 +109,10 @@ def test_an_engine_of_another_model_is_told_of_once(caplog: pytest.LogCaptureFix
         directory = EngineDirectory(cast("Client", engines), EngineDescription("ours", 100, vocab_size=20))
         for ids in ([1], [1, 2], [1]):
             engines.ids = ids
-            assert await directory.eligible({}) == set()
+            assert await directory.eligible({}) == []
             async with asyncio.timeout(PATIENCE_S):
                 while not all(f"engine {each} gets no requests" in caplog.text for each in ids):
-                    assert await directory.eligible({}) == set()
+                    assert await directory.eligible({}) == []
                     await asyncio.sleep(0.001)
 
     asyncio.run(scenario())

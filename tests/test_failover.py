@@ -18,6 +18,7 @@ from common.wire import ENGINE_ANSWERS, PROCESSOR_ANSWERS, AnswerProtocol, C, En
 from tests.contexts import request_context
 
 WAIT_S = 0.05
+Item = dict[str, Any]
 
 
 class AllOf:
@@ -37,14 +38,6 @@ def failover_client(client: Any, protocol: AnswerProtocol[C], limits: CallLimits
     return FailoverClient(cast("Client", client), AllOf(client), protocol, Metrics("processor"), limits)
 
 
-class Chunk:
-    def __init__(self, data: dict[str, Any]) -> None:
-        self._data = data
-
-    def data(self) -> dict[str, Any]:
-        return self._data
-
-
 class DyingInstance:
     """Instance 1 has taken "slow", and its first word is on the way when a call of "quick" finds nobody there."""
 
@@ -56,7 +49,7 @@ class DyingInstance:
     async def instance_ids(self) -> list[int]:
         return [1, 2] if self.is_dead.is_set() else [1]
 
-    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Item]:
         if instance_id == 2:
             return self._whole()
         if request["ask"] == "quick":
@@ -64,15 +57,15 @@ class DyingInstance:
             raise ConnectionError("nobody there")
         return self._first_word(context)
 
-    async def _first_word(self, context: Context) -> AsyncGenerator[Chunk, None]:
+    async def _first_word(self, context: Context) -> AsyncGenerator[Item, None]:
         self.is_slow_taken.set()
         while not context.is_stopped():
             await asyncio.sleep(0.01)
-        yield Chunk({"content": "from 1"})
+        yield {"content": "from 1"}
 
-    async def _whole(self) -> AsyncGenerator[Chunk, None]:
-        yield Chunk({"content": "from 2"})
-        yield Chunk({"finish_reason": "stop"})
+    async def _whole(self) -> AsyncGenerator[Item, None]:
+        yield {"content": "from 2"}
+        yield {"finish_reason": "stop"}
 
 
 class GoneButListed:
@@ -86,7 +79,7 @@ class GoneButListed:
     async def instance_ids(self) -> list[int]:
         return [1] if self.num_calls < MAX_BROKEN_CALLS + 2 else [2]
 
-    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Item]:
         self.num_calls += 1
         if instance_id == 1:
             raise ConnectionError(self.words)
@@ -94,8 +87,8 @@ class GoneButListed:
 
     words = "CannotConnect: NATS request to inference_engine.generate-1 failed"
 
-    async def _whole(self) -> AsyncGenerator[Chunk, None]:
-        yield Chunk({"finish_reason": "stop"})
+    async def _whole(self) -> AsyncGenerator[Item, None]:
+        yield {"finish_reason": "stop"}
 
 
 class Breaking(GoneButListed):
@@ -115,26 +108,26 @@ class KilledMidway:
     async def instance_ids(self) -> list[int]:
         return [1, 2]
 
-    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Item]:
         return self._broken() if instance_id == 2 else self._whole()
 
-    async def _broken(self) -> AsyncGenerator[Chunk, None]:
-        yield Chunk({"content": "from 2"})
+    async def _broken(self) -> AsyncGenerator[Item, None]:
+        yield {"content": "from 2"}
         await asyncio.sleep(2 * WAIT_S)
         raise self._error
 
-    async def _whole(self) -> AsyncGenerator[Chunk, None]:
-        yield Chunk({"content": "from 1"})
-        yield Chunk({"finish_reason": "stop"})
+    async def _whole(self) -> AsyncGenerator[Item, None]:
+        yield {"content": "from 1"}
+        yield {"finish_reason": "stop"}
 
 
 class Empty(GoneButListed):
     """One whose streams just end."""
 
-    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Item]:
         return self._nothing()
 
-    async def _nothing(self) -> AsyncGenerator[Chunk, None]:
+    async def _nothing(self) -> AsyncGenerator[Item, None]:
         for chunk in ():
             yield chunk
 
@@ -226,14 +219,14 @@ class Answering:
     async def instance_ids(self) -> list[int]:
         return list(self._answers)
 
-    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Chunk]:
+    async def direct(self, request: dict[str, Any], instance_id: int, context: Context) -> AsyncIterator[Item]:
         self.calls.append(instance_id)
         answers = self._answers[instance_id]
         return self._stream(answers.pop(0) if len(answers) > 1 else answers[0])
 
-    async def _stream(self, answer: list[dict[str, Any]]) -> AsyncGenerator[Chunk, None]:
+    async def _stream(self, answer: list[dict[str, Any]]) -> AsyncGenerator[Item, None]:
         for data in answer:
-            yield Chunk(data)
+            yield data
 
 
 FIRST_TOKEN, ANSWER = [{"token_ids": [0]}], [{"token_ids": [1], "finish_reason": "stop"}]

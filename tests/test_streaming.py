@@ -104,6 +104,7 @@ def test_usage_comes_once_and_only_when_asked_for(client: httpx.Client) -> None:
         assert not any("usage" in event for event in ask_stream(client, body | options).events)
 
 
+@with_engine("--echo", "--token-interval-ms", "10")
 def test_continuous_usage_counts_up_to_the_last_one(client: httpx.Client) -> None:
     body = said("one two three " * 20)
     options = {"include_usage": True, "continuous_usage_stats": True}

@@ -43,9 +43,9 @@ class Descriptions(Generic[T]):
 
     async def current(self) -> dict[int, T | None]:
         """By instance; one that has not answered yet is missing."""
-        instance_ids = await self._client.instance_ids()
-        if self._known.keys() != set(instance_ids):
-            await self._update(set(instance_ids))
+        instance_ids = set(await self._client.instance_ids())
+        if self._known.keys() != instance_ids:
+            await self._update(instance_ids)
         return self._known
 
     @property
@@ -66,11 +66,6 @@ class Descriptions(Generic[T]):
                 answer = await self._answer(instance_id)
             if instance_id in self._known:  # it may have left meanwhile
                 self._known[instance_id] = answer
-
-    async def are_complete(self) -> bool:
-        """Whether there is an instance, and each has said what it is."""
-        known = await self.current()
-        return bool(known) and not self._asking and all(description is not None for description in known.values())
 
     async def _update(self, instance_ids: set[int]) -> None:
         for instance_id in self._known.keys() - instance_ids:
@@ -139,15 +134,19 @@ class ModelDirectory:
         """Raises:
         ModelNotFound: there are processors, each has said what it serves, and none serves `model`.
         """
-        if await self._processors.are_complete() and not await self.eligible({"model": model}):
+        if (
+            not await self.eligible({"model": model})
+            and await self._processors.current()
+            and not self._processors.are_asked
+        ):
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
 
-    async def eligible(self, request: dict[str, Any]) -> set[int]:
-        return {
+    async def eligible(self, request: dict[str, Any]) -> list[int]:
+        return [
             instance_id
             for instance_id, description in (await self._processors.current()).items()
             if description is None or request["model"] in description.models
-        }
+        ]
 
 
 class EngineDirectory:
@@ -161,7 +160,8 @@ class EngineDirectory:
         self._ours = ours
         self.ineligible_reason = f"Those that run have another tokenizer than {ours.model}, or have not said which."
         self._is_compatible: dict[int, bool] = {}
-        self._constraining: set[int] = set()  # those of them that take a grammar
+        self._compatible: list[int] = []
+        self._constraining: list[int] = []  # those of them that take a grammar
         self._limits = ContextLimits.of([ours])
 
     async def limits(self) -> ContextLimits:
@@ -177,11 +177,10 @@ class EngineDirectory:
             each: self._is_compatible[each] if each in self._is_compatible else self._check(each, description)
             for each, description in known.items()
         }
-        compatible = {
-            each: engine for each, engine in known.items() if self._is_compatible[each] and engine is not None
-        }
-        self._limits = ContextLimits.of([self._ours, *compatible.values()])
-        self._constraining = {each for each, engine in compatible.items() if engine.can_constrain}
+        self._compatible = [each for each, is_compatible in self._is_compatible.items() if is_compatible]
+        described = {each: engine for each in self._compatible if (engine := known[each]) is not None}
+        self._limits = ContextLimits.of([self._ours, *described.values()])
+        self._constraining = [each for each, engine in described.items() if engine.can_constrain]
 
     async def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
@@ -190,15 +189,13 @@ class EngineDirectory:
         if request.answer_schema is None:
             return
         await self._refresh()
-        if any(self._is_compatible.values()) and not self._constraining and not self._engines.are_asked:
+        if self._compatible and not self._constraining and not self._engines.are_asked:
             param = request.answer_schema_param.partition(".")[0]
             raise InvalidRequest(f"Invalid value for {param}: no engine of this model has grammars.", param=param)
 
-    async def eligible(self, request: dict[str, Any]) -> set[int]:
+    async def eligible(self, request: dict[str, Any]) -> list[int]:
         await self._refresh()
-        if is_constrained(request):
-            return self._constraining
-        return {instance_id for instance_id, is_compatible in self._is_compatible.items() if is_compatible}
+        return self._constraining if is_constrained(request) else self._compatible
 
     def _check(self, instance_id: int, engine: EngineDescription | None) -> bool:
         if engine is None:

@@ -7,9 +7,9 @@ left to do, if its protocol says how (`resume`), or from its beginning, if its c
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import msgspec
 
@@ -17,12 +17,11 @@ from common.dynamo import releases
 from common.dynamo.context import RequestContext as RequestContext
 from common.dynamo.context import child_context
 from common.dynamo.directories import EngineDirectory, ModelDirectory
-from common.dynamo.instances import Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
+from common.dynamo.instances import CallBroke, Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
 from common.dynamo.network import too_large_for_nats
 from common.dynamo.runtime import Client
-from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, PipelineError, Unavailable
+from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, Unavailable
 from common.observability.metrics import Metrics
-from common.observability.request_records import CallRecord
 from common.wire import (
     ENGINE_ANSWERS,
     PROCESSOR_ANSWERS,
@@ -35,13 +34,10 @@ from common.wire import (
     to_wire,
 )
 
-T = TypeVar("T")
-
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
 _RETRY_PAUSE_S = 0.05
 _BUSY_PAUSE_S = 1.0
-_CLOSING_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +127,21 @@ class FailoverClient(Generic[C]):
             PipelineError: what the worker answered.
         """
         wire = to_wire(request) if isinstance(request, msgspec.Struct) else request
-        answer = self._answer(context.record.envelope.around(wire), context, on_restart)
-        return answer if self._limits.answer_s is None else within(self._limits.answer_s, answer)
+        return self._answer(context.record.envelope.around(wire), context, on_restart)
 
     async def _answer(
         self, request: dict[str, Any], context: RequestContext, on_restart: Callable[[], None] | None
     ) -> AsyncGenerator[Chunk[C], None]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._limits.wait_s
+        ends_at = None if self._limits.answer_s is None else loop.time() + self._limits.answer_s
         num_broken_calls, is_begun, busy = 0, False, set[int]()
         while num_broken_calls < MAX_BROKEN_CALLS:
-            eligible = await self._instances.eligible(request, context, deadline)
+            try:
+                async with asyncio.timeout_at(ends_at):
+                    eligible = await self._instances.eligible(request, context, deadline)
+            except TimeoutError:
+                raise self._too_late() from None
             if not eligible:
                 return
             if busy.issuperset(eligible):
@@ -152,12 +152,15 @@ class FailoverClient(Generic[C]):
                     if context.is_stopped():
                         return
                     instance_id = chosen.instance_id
-                    async with aclosing(self._attempt(request, chosen, context)) as chunks:
+                    record = context.record.calling(instance_id, chosen.route)
+                    async with aclosing(self._attempt(request, instance_id, context, ends_at)) as chunks:
                         async for chunk in chunks:
+                            record.received(chunk)
                             delivered.append(chunk)
                             yield Chunk(chunk)
                     return
             except Busy:
+                record.broke()
                 if context.is_stopped():
                     return
                 if is_begun or delivered:  # what was delivered is worth waiting for the rest
@@ -165,6 +168,7 @@ class FailoverClient(Generic[C]):
                 else:
                     busy.add(instance_id)
             except InstanceFailed as failure:
+                record.broke()
                 if context.is_stopped():
                     return
                 self._instances.quarantine(instance_id, failure)
@@ -192,68 +196,78 @@ class FailoverClient(Generic[C]):
         return self._protocol.resume(request, delivered)
 
     async def _attempt(
-        self, request: dict[str, Any], chosen: Chosen, context: RequestContext
+        self, request: dict[str, Any], instance_id: int, context: RequestContext, ends_at: float | None
     ) -> AsyncGenerator[C, None]:
-        """The chunks of one instance, until it has finished all choices.
+        """The chunks of one instance, until it has finished all choices. Those that wait to be read come as one.
 
         Raises:
             InstanceFailed: it has not. Busy: it refused the request.
         """
-        call = context.record.calling(chosen.instance_id, chosen.route)
         num_unfinished, num_empty = request.get("n") or 1, 0
-        try:
-            async with aclosing(self._call(request, chosen.instance_id, context)) as stream:
-                async for item in stream:
-                    chunk = self._read(item.data(), call)
-                    num_empty = 0 if chunk.has_content or chunk.finish_reason else num_empty + 1
-                    if num_empty > MAX_EMPTY_CHUNKS:
-                        raise BadUpstream(f"An instance of {self._client} sends nothing but empty chunks.")
-                    yield chunk
-                    num_unfinished -= chunk.finish_reason is not None
-                    if not num_unfinished:
-                        await _read_to_the_end(stream)
-                        return
-            raise InstanceFailed("its stream ended without a finish_reason")
-        except (InstanceFailed, Busy):
-            call.broke()
-            raise
+        held: C | None = None
+        async with self._call(request, instance_id, context, ends_at) as call:
+            while num_unfinished:
+                try:
+                    chunk = self._read(await call.next())
+                except Exception:
+                    if held is not None:  # it came before
+                        yield held
+                    raise
+                num_empty = 0 if chunk.has_content or chunk.finish_reason else num_empty + 1
+                if num_empty > MAX_EMPTY_CHUNKS:
+                    raise BadUpstream(f"An instance of {self._client} sends nothing but empty chunks.")
+                num_unfinished -= chunk.finish_reason is not None
+                if held is None:
+                    held = chunk
+                elif not held.join(chunk):
+                    yield held
+                    held = chunk
+                if not num_unfinished or not await call.has_more():
+                    yield held
+                    held = None
+            await call.read_to_the_end()
 
-    def _read(self, data: Any, call: CallRecord) -> C:
+    def _read(self, data: Any) -> C:
         try:
-            chunk = self._protocol.read(data)
+            return self._protocol.read(data)
         except Aborted as aborted:
             raise InstanceFailed("it gave the request up") from aborted
-        call.received(chunk)
-        return chunk
 
+    @asynccontextmanager
     async def _call(
-        self, request: dict[str, Any], instance_id: int, context: RequestContext
-    ) -> AsyncGenerator[Any, None]:
-        """Dynamo's items, from one call of one instance."""
-        try:
-            with child_context(context.raw) as call_context:
-                call = InstanceCall(call_context, self._client.generation)
+        self, request: dict[str, Any], instance_id: int, context: RequestContext, ends_at: float | None
+    ) -> AsyncIterator[InstanceCall]:
+        """One call of one instance. What Dynamo raises meanwhile becomes InstanceFailed, or what it means."""
+        loop = asyncio.get_running_loop()
+        with child_context(context.raw) as call_context:
+            call = InstanceCall(call_context, self._client.generation)
+            timer = None if ends_at is None else loop.call_at(ends_at, lambda: call.end(self._too_late()))
+            try:
                 with self._instances.calling(instance_id, call):
-                    stream = await call.wait_for(self._client.direct(request, instance_id, context=call_context))
-                    call.is_delivered = True
-                    while True:
-                        try:
-                            item = await call.wait_for(anext(stream))
-                        except StopAsyncIteration:
-                            return
-                        call.heard_at = asyncio.get_running_loop().time()
-                        yield item
-        except InstanceFailed:
-            raise
-        except Exception as error:
-            if releases.is_raised_by_worker(error):
-                raise BadUpstream(f"{self._client} failed on this request.") from error
-            if too_large := await too_large_for_nats(request, error):
-                raise too_large from error
-            self._instances.give_up_on(instance_id)
-            releases.log_unknown(error)
-            kind = NotDelivered if not call.is_delivered and releases.is_unanswered(error) else InstanceFailed
-            raise kind(str(error)) from error
+                    await call.open(self._client.direct(request, instance_id, context=call_context))
+                    yield call
+            except CallBroke as broke:
+                error = broke.__cause__
+                assert isinstance(error, Exception)
+                raise await self._meaning_of(error, request, instance_id, call) from error
+            finally:
+                if timer is not None:
+                    timer.cancel()
+
+    async def _meaning_of(
+        self, error: Exception, request: dict[str, Any], instance_id: int, call: InstanceCall
+    ) -> Exception:
+        if releases.is_raised_by_worker(error):
+            return BadUpstream(f"{self._client} failed on this request.")
+        if too_large := await too_large_for_nats(request, error):
+            return too_large
+        self._instances.give_up_on(instance_id)
+        releases.log_unknown(error)
+        kind = NotDelivered if not call.is_delivered and releases.is_unanswered(error) else InstanceFailed
+        return kind(str(error))
+
+    def _too_late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The answer took longer than {self._limits.answer_s:g} seconds.")
 
 
 class EngineClient(FailoverClient[EngineChunk]):
@@ -273,31 +287,3 @@ class ProcessorClient(FailoverClient[ProcessorChunk]):
     def __init__(self, client: Client, metrics: Metrics, limits: CallLimits) -> None:
         self.directory = ModelDirectory(client)
         super().__init__(client, self.directory, PROCESSOR_ANSWERS, metrics, limits)
-
-
-async def _read_to_the_end(stream: AsyncGenerator[Any, None]) -> None:
-    """Let a complete stream close by itself: breaking it off would look like a cancellation to the worker."""
-    with suppress(TimeoutError, PipelineError, InstanceFailed):
-        async with asyncio.timeout(_CLOSING_TIMEOUT_S):
-            async for _ in stream:
-                pass
-
-
-async def within(timeout_s: float, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The items of `stream`.
-
-    Raises:
-        DeadlineExceeded: it had not ended after `timeout_s`.
-    """
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    try:
-        async with aclosing(stream):
-            while True:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        item = await anext(stream)
-                except StopAsyncIteration:
-                    return
-                yield item
-    except TimeoutError:
-        raise DeadlineExceeded(f"The answer took longer than {timeout_s:g} seconds.") from None

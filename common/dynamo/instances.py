@@ -6,10 +6,11 @@ A killed instance stays in etcd until its lease ends (10 s), so etcd alone would
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Collection, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
+from common.dynamo import releases
 from common.dynamo.context import RequestContext
 from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, Context
 from common.errors import Unavailable
@@ -24,8 +25,9 @@ _LOOK_S = 1.0
 # lease meanwhile; one that hangs or has vanished does not.
 SILENCE_S = DRAIN_TIMEOUT_S + 5.0
 SILENCE_WITHOUT_LEASE_S = 5.0
-
-T = TypeVar("T")
+# For so long, dicts that wait to be read may become one.
+JOIN_S = 0.05
+_CLOSING_TIMEOUT_S = 1.0
 
 
 class Directory(Protocol):
@@ -44,8 +46,12 @@ class NotDelivered(InstanceFailed):
     """The instance was not there: the request has not reached it."""
 
 
+class CallBroke(Exception):
+    """Dynamo raised its cause."""
+
+
 class InstanceCall:
-    """A stream that is being waited for.
+    """A stream that is being read, always one dict ahead.
 
     is_delivered: whether the instance has accepted the request; a non-streaming answer is then silent until its end.
     heard_at: when its last dict came, on the event loop's clock; None before the first. generation: of our connection.
@@ -56,36 +62,85 @@ class InstanceCall:
         self.is_delivered = False
         self.heard_at: float | None = None
         self._context = context
-        self._awaited: asyncio.Future[Any] | None = None
-        self._failure: InstanceFailed | None = None
+        self._stream: AsyncIterator[Any]
+        self._next: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._passed_on_at = -JOIN_S
+        self._failure: Exception | None = None
 
-    async def wait_for(self, awaitable: Awaitable[T]) -> T:
-        """What comes of `awaitable`, unless the call is given up meanwhile.
+    async def open(self, opening: Awaitable[AsyncIterator[Any]]) -> None:
+        """Send the request. opening: the runtime's call, which gives its stream.
 
         Raises:
-            InstanceFailed: it was given up.
+            CallBroke. InstanceFailed, or what `end` was given: the call was given up.
         """
-        future = asyncio.ensure_future(awaitable)
-        self._awaited = future
+        self._next = asyncio.ensure_future(opening)
+        self._stream = await self._waited_for()
+        self.is_delivered = True
+        releases.repeat_early_stop(self._context)
+        self._next = asyncio.ensure_future(anext(self._stream))
+
+    async def next(self) -> Any:
+        """The next dict.
+
+        Raises:
+            InstanceFailed: there is none. And what `open` raises.
+        """
+        data = await self._waited_for()
+        self.heard_at = asyncio.get_running_loop().time()
+        self._next = asyncio.ensure_future(anext(self._stream))
+        return data
+
+    async def has_more(self) -> bool:
+        """Whether another dict waits to be joined with what came since this was last false: where the reader is slower.
+
+        It comes in a turn of the event loop. The first dict is never held back, nor any other for long.
+        """
+        now = asyncio.get_running_loop().time()
+        if now - self._passed_on_at < JOIN_S:
+            await asyncio.sleep(0)
+            if self._next.done() and not self._next.cancelled() and self._next.exception() is None:
+                return True
+        self._passed_on_at = now
+        return False
+
+    async def read_to_the_end(self) -> None:
+        """Let a complete stream close by itself: breaking it off would look like a cancellation to the worker."""
+        with suppress(TimeoutError, InstanceFailed, CallBroke):
+            async with asyncio.timeout(_CLOSING_TIMEOUT_S):
+                while True:
+                    await self.next()
+
+    async def _waited_for(self) -> Any:
         if self._failure is not None:  # while nobody was waiting
-            future.cancel()
+            self._next.cancel()
         try:
-            result = await future
+            result = await self._next
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._failure is None or (task is not None and task.cancelling()):  # it is we who are cancelled
                 raise
             raise self._failure from None
+        except StopAsyncIteration:
+            raise InstanceFailed("its stream ended without a finish_reason") from None
+        except Exception as error:
+            raise CallBroke from error
         if self._failure is not None:  # a first dict that was on its way; the others will not come
             raise self._failure
         return result
 
     def give_up(self, reason: str) -> None:
+        self.end(InstanceFailed(reason) if self.is_delivered else NotDelivered(reason))
+
+    def end(self, failure: Exception) -> None:
         """End the waiting. Dynamo itself would go on: up to 10 s for a connection, indefinitely when there is one."""
-        self._failure = InstanceFailed(reason) if self.is_delivered else NotDelivered(reason)
+        self._failure = failure
         self._context.stop_generating()
-        if self._awaited is not None:
-            self._awaited.cancel()
+        self.drop()
+
+    def drop(self) -> None:
+        """Read no further."""
+        if not self._next.cancel() and not self._next.cancelled():
+            self._next.exception()  # seen by nobody else
 
 
 class Instances:
@@ -126,12 +181,7 @@ class Instances:
     async def _eligible_now(self, request: dict[str, Any]) -> list[int]:
         now = asyncio.get_running_loop().time()
         self._quarantined = {instance: until for instance, until in self._quarantined.items() if until > now}
-        eligible = await self._directory.eligible(request)
-        return [
-            instance
-            for instance in await self._client.instance_ids()
-            if instance in eligible and instance not in self._quarantined
-        ]
+        return [each for each in await self._directory.eligible(request) if each not in self._quarantined]
 
     def quarantine(self, instance_id: int, failure: Exception) -> None:
         """Leave an instance alone for a while, after a call of it failed."""
@@ -148,6 +198,7 @@ class Instances:
         try:
             yield
         finally:
+            call.drop()
             calls.discard(call)
             if not calls and self._calls.get(instance_id) is calls:
                 del self._calls[instance_id]

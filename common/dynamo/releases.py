@@ -135,7 +135,7 @@ def repeat_early_stop(context: Context | None) -> None:
         context.stop_generating()
 
 
-def is_ruled_out(client: Any, instance_id: int, error: Exception) -> bool:
+def is_ruled_out(client: Any, instance_id: int, error: BaseException) -> bool:
     """Whether this client will never call that instance again, though it is there; another client would."""
     return _RULED_OUT in str(error) and instance_id in client.instance_ids()
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec
 
 from common.dynamo import releases
@@ -180,22 +180,31 @@ class Client:
         Raises:
             Exception: what the runtime raises, among them StopAsyncIteration where there is no answer.
         """
-        stream = await self.direct(question, instance_id, context=Context())
-        return (await anext(stream)).data()
+        return await anext(await self.direct(question, instance_id, context=Context()))
 
-    async def direct(
+    def direct(
         self, request: dict[str, Any], instance_id: int, context: Context | None = None
+    ) -> Awaitable[AsyncIterator[Any]]:
+        """Call one instance. The stream's items are the worker's dicts."""
+        if self._generation != self._runtime.generation:
+            return self._direct_anew(request, instance_id, context)
+        opening: asyncio.Future[AsyncIterator[Any]] = self._raw.direct(
+            request, instance_id, annotated=False, context=context
+        )
+        opening.add_done_callback(functools.partial(self._forget_if_ruled_out, self._raw, instance_id))
+        return opening
+
+    async def _direct_anew(
+        self, request: dict[str, Any], instance_id: int, context: Context | None
     ) -> AsyncIterator[Any]:
-        """Call one instance."""
-        raw = await self.refresh()
-        try:
-            stream: AsyncIterator[Any] = await raw.direct(request, instance_id, context=context)
-        except Exception as error:
-            if self._raw is raw and releases.is_ruled_out(raw, instance_id, error):
-                self._generation = -1  # the next call makes a new client, which asks again
-            raise
-        releases.repeat_early_stop(context)
-        return stream
+        await self.refresh()
+        return await self.direct(request, instance_id, context)
+
+    def _forget_if_ruled_out(self, raw: Any, instance_id: int, opening: asyncio.Future[Any]) -> None:
+        """The next call makes a new client, which asks again."""
+        error = None if opening.cancelled() else opening.exception()
+        if error is not None and self._raw is raw and releases.is_ruled_out(raw, instance_id, error):
+            self._generation = -1
 
 
 def _tune_interpreter() -> None:

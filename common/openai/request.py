@@ -181,7 +181,7 @@ class ChatCompletionRequest(StrictModel):
     response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: dict[str, str] | None = Field(None, max_length=16)
-    _as_sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _as_sent: dict[str, Any] = PrivateAttr()  # a factory would cost more than the rest of the parsing
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "ChatCompletionRequest":

@@ -145,7 +145,7 @@ class _Booking:
 
     async def _ask(self, client: Client, router_id: int, question: dict[str, Any]) -> WorkerFound:
         self._stream = await client.direct(question, router_id, self._context)
-        return msgspec.convert((await anext(self._stream)).data(), WorkerFound)
+        return msgspec.convert(await anext(self._stream), WorkerFound)
 
     async def end(self) -> None:
         """Stop it, and hold it until the router has heard: one that is dropped at once may stay booked."""

@@ -69,7 +69,7 @@ class KvIndex:
             async for item in await self._client.direct({}, worker_id, context):
                 self.lost.discard(worker_id)
                 self.telling.add(worker_id)
-                for event in msgspec.convert(item.data(), KvEvents).events:
+                for event in msgspec.convert(item, KvEvents).events:
                     self._apply(worker_id, event)
         except Exception as error:
             if worker_id not in self.lost:

@@ -139,8 +139,12 @@ def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
 
 def _hidden_ids(tokenizer: ChatTokenizer, request: ChatCompletionRequest) -> Set[int]:
     """The tokens that the text leaves out: special ones, but for the markup of calls, and those that end it."""
-    ending = () if request.is_eos_ignored else request.stop_token_ids
-    return tokenizer.hidden_ids - (tokenizer.shown_ids if request.usable_tools else frozenset()) | frozenset(ending)
+    hidden_ids: Set[int] = tokenizer.hidden_ids
+    if request.usable_tools and tokenizer.shown_ids:
+        hidden_ids -= tokenizer.shown_ids
+    if request.stop_token_ids and not request.is_eos_ignored:
+        hidden_ids |= frozenset(request.stop_token_ids)
+    return hidden_ids
 
 
 def _reader_for(request: ChatCompletionRequest, tokenizer: ChatTokenizer) -> TextReader:
@@ -164,13 +168,12 @@ def _thoughts_before(
     return ReasoningReader(answer, is_open=is_open, closing_id=tokenizer.reasoning.closing_id)
 
 
-async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """The items of all streams as they come. The first stream that fails ends all of them with its error."""
-    if len(streams) == 1:  # the usual case needs no tasks
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
-        return
+    return streams[0] if len(streams) == 1 else _merged(streams)
+
+
+async def _merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue(_QUEUE_LENGTH)
 
     async def pump(stream: AsyncGenerator[T, None]) -> None:
