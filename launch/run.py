@@ -22,6 +22,7 @@ POLL_S = 0.5
 PROGRESS_INTERVAL_S = 5.0
 MAX_PROGRESS_WIDTH = 110
 ROUTER_START_S = 60.0
+MANY_CPUS = 8  # those of SGLang, and one for each of a few processes
 
 
 async def run(settings: Settings, watch: Callable[[Supervisor], Coroutine[None, None, None]] | None = None) -> None:
@@ -152,6 +153,8 @@ def show_what_next(settings: Settings) -> None:
     say(f"run: the pipeline stays up at {settings.frontend_url}; its own docs are at {settings.frontend_url}/docs")
     say("run: ask again with the curl above, from another terminal")
     say("run: change engine.py and `make restart-engine`: the others go on; also -processor, -frontend")
+    if (num_cpus := os.cpu_count() or 1) >= MANY_CPUS:
+        say(f"run: each script uses one or two of {num_cpus} CPUs; docs/deployment.md says what more of each brings")
     say("run: Ctrl-C stops everything. What happens meanwhile:")
 
 

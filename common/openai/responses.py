@@ -8,7 +8,6 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import msgspec
-from fastapi.sse import format_sse_event
 from msgspec import UNSET, Meta, UnsetType
 
 from common.errors import BadUpstream
@@ -24,7 +23,7 @@ from common.wire import (
     Usage,
 )
 
-DONE = format_sse_event(data_str="[DONE]")
+DONE = b"data: [DONE]\n\n"
 MAX_ANSWER_CHARACTERS = 2**24  # no model of today writes that much in one answer
 
 Id = Annotated[str, Meta(pattern="^chatcmpl-")]
@@ -147,7 +146,7 @@ def model_of(name: str, served: ProcessorDescription) -> Model:
 
 def sse(event: Any) -> bytes:
     """One server-sent event: `data: {json}` and a blank line."""
-    return format_sse_event(data_str=msgspec.json.encode(event).decode())
+    return b"data: " + msgspec.json.encode(event) + b"\n\n"
 
 
 class _Answer:
