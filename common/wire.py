@@ -196,18 +196,15 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
     def has_content(self) -> bool:
         return bool(self.token_ids)
 
-    def join(self, later: "EngineChunk") -> bool:
-        """Append the chunk that came next, and say so: not where only one of them has logprobs."""
-        if (self.log_probs is None, self.top_logprobs is None) != (later.log_probs is None, later.top_logprobs is None):
-            return False
-        self.token_ids += later.token_ids
-        if self.log_probs is not None and later.log_probs is not None:
-            self.log_probs += later.log_probs
-        if self.top_logprobs is not None and later.top_logprobs is not None:
-            self.top_logprobs += later.top_logprobs
-        self.finish_reason, self.path = later.finish_reason, later.path or self.path
-        self.cached_tokens = self.cached_tokens if later.cached_tokens is None else later.cached_tokens
-        return True
+    @property
+    def may_wait(self) -> bool:
+        """Whether it is a lone token: an engine that sends several at once has chosen its pace itself."""
+        return len(self.token_ids) == 1 and self.finish_reason is None and self.log_probs is None
+
+    def add(self, other: "EngineChunk") -> None:
+        """Append what comes next. Neither has logprobs."""
+        self.token_ids += other.token_ids
+        self.finish_reason, self.cached_tokens, self.path = other.finish_reason, other.cached_tokens, other.path
 
 
 class CacheDescription(msgspec.Struct):
@@ -297,20 +294,9 @@ class ProcessorChunk(msgspec.Struct, omit_defaults=True):
     def has_content(self) -> bool:
         return bool(self.content or self.reasoning_content or self.logprobs or self.tool_calls)
 
-    def join(self, later: "ProcessorChunk") -> bool:
-        """Append the chunk that came next, and say so: only text of the same choice, where nobody counts its tokens."""
-        if (
-            later.index != self.index
-            or (self.logprobs is None) != (later.logprobs is None)
-            or (self.content and later.reasoning_content)
-            or self.tool_calls
-            or later.tool_calls
-            or self.usage is not None
-        ):
-            return False
-        self.add(later)
-        self.usage, self.path = later.usage, later.path or self.path
-        return True
+    @property
+    def may_wait(self) -> bool:
+        return False
 
     def add(self, other: "ProcessorChunk") -> None:
         """Append what comes next of the same choice."""

@@ -247,6 +247,33 @@ def ask(engines: Answering, num_requests: int = 1) -> list[list[int]]:
     return asyncio.run(run())
 
 
+def chunks_of(answer: list[Item]) -> list[list[int]]:
+    async def run() -> list[list[int]]:
+        client: FailoverClient[EngineChunk] = failover_client(Answering({1: [answer]}), ENGINE_ANSWERS)
+        stream = await client.generate({"token_ids": [7]}, context=request_context())
+        return [chunk.data().token_ids async for chunk in stream]
+
+    return asyncio.run(run())
+
+
+def test_lone_tokens_come_several_at_once_where_many_streams_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one comes at once, and what an engine sends in one chunk waits for nothing."""
+    monkeypatch.setattr("common.dynamo.failover.MAX_GAP_S", 10.0)
+    monkeypatch.setattr("common.dynamo.failover.CHUNKS_PER_SECOND", 0.1)
+    lone = [{"token_ids": [number]} for number in range(4)]
+    assert chunks_of([*lone, {"finish_reason": "stop"}]) == [[0], [1, 2, 3]]
+    assert chunks_of([*lone, {"token_ids": [4, 5]}, *ANSWER]) == [[0], [1, 2, 3, 4, 5], [1]]
+
+
+def test_tokens_that_wait_are_not_lost_when_the_engine_breaks(
+    short_rest: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.dynamo.failover.MAX_GAP_S", 10.0)
+    monkeypatch.setattr("common.dynamo.failover.CHUNKS_PER_SECOND", 0.1)
+    engines = Answering({1: [[{"token_ids": [number]} for number in range(4)], ANSWER]})
+    assert ask(engines) == [[0, 1, 2, 3, 1]]
+
+
 def test_no_instance_is_called_for_a_client_that_left_while_one_was_chosen() -> None:
     async def run(instances: GoneButListed) -> None:
         client, context = failover_client(instances, PROCESSOR_ANSWERS), request_context()

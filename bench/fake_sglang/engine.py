@@ -195,6 +195,7 @@ class Engine:
     def __init__(self, *, server_args: Any) -> None:
         self.server_args = server_args
         self.tokenizer_manager = TokenizerManager(server_args)
+        self._scheduler_init_result = SimpleNamespace(scheduler_infos=[{"max_total_num_tokens": 2**17}])
         self._num_requests = 0
 
     async def async_generate(

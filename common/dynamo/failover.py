@@ -36,6 +36,7 @@ from common.wire import (
 
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
+MAX_GAP_S, CHUNKS_PER_SECOND = 0.05, 800
 _RETRY_PAUSE_S = 0.05
 _BUSY_PAUSE_S = 1.0
 
@@ -198,7 +199,7 @@ class FailoverClient(Generic[C]):
     async def _attempt(
         self, request: dict[str, Any], instance_id: int, context: RequestContext, ends_at: float | None
     ) -> AsyncGenerator[C, None]:
-        """The chunks of one instance, until it has finished all choices. Those that wait to be read come as one.
+        """The chunks of one instance, until it has finished all choices. Lone tokens may come several at once.
 
         Raises:
             InstanceFailed: it has not. Busy: it refused the request.
@@ -217,15 +218,18 @@ class FailoverClient(Generic[C]):
                 if num_empty > MAX_EMPTY_CHUNKS:
                     raise BadUpstream(f"An instance of {self._client} sends nothing but empty chunks.")
                 num_unfinished -= chunk.finish_reason is not None
-                if held is None:
-                    held = chunk
-                elif not held.join(chunk):
-                    yield held
-                    held = chunk
-                if not num_unfinished or not await call.has_more():
+                if held is not None:
+                    held.add(chunk)
+                held = held or chunk
+                if not chunk.may_wait or not await call.comes_within(self._gap_s):
                     yield held
                     held = None
             await call.read_to_the_end()
+
+    @property
+    def _gap_s(self) -> float:
+        """How long a token may wait for the next one: all calls share a budget of chunks, as in `stream_pace`."""
+        return min(MAX_GAP_S, self._instances.num_calls / CHUNKS_PER_SECOND)
 
     def _read(self, data: Any) -> C:
         try:

@@ -5,6 +5,7 @@ A killed instance stays in etcd until its lease ends (10 s), so etcd alone would
 
 import asyncio
 import logging
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -25,8 +26,6 @@ _LOOK_S = 1.0
 # lease meanwhile; one that hangs or has vanished does not.
 SILENCE_S = DRAIN_TIMEOUT_S + 5.0
 SILENCE_WITHOUT_LEASE_S = 5.0
-# For so long, dicts that wait to be read may become one.
-JOIN_S = 0.05
 _CLOSING_TIMEOUT_S = 1.0
 
 
@@ -64,7 +63,7 @@ class InstanceCall:
         self._context = context
         self._stream: AsyncIterator[Any]
         self._next: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._passed_on_at = -JOIN_S
+        self._passed_on_at = -math.inf
         self._failure: Exception | None = None
 
     async def open(self, opening: Awaitable[AsyncIterator[Any]]) -> None:
@@ -90,17 +89,14 @@ class InstanceCall:
         self._next = asyncio.ensure_future(anext(self._stream))
         return data
 
-    async def has_more(self) -> bool:
-        """Whether another dict waits to be joined with what came since this was last false: where the reader is slower.
-
-        It comes in a turn of the event loop. The first dict is never held back, nor any other for long.
-        """
-        now = asyncio.get_running_loop().time()
-        if now - self._passed_on_at < JOIN_S:
-            await asyncio.sleep(0)
+    async def comes_within(self, gap_s: float) -> bool:
+        """Whether there is another dict less than `gap_s` after the last time that there was none; it is waited for."""
+        loop = asyncio.get_running_loop()
+        if (rest_s := self._passed_on_at + gap_s - loop.time()) > 0:
+            await asyncio.wait((self._next,), timeout=rest_s)
             if self._next.done() and not self._next.cancelled() and self._next.exception() is None:
                 return True
-        self._passed_on_at = now
+        self._passed_on_at = loop.time()
         return False
 
     async def read_to_the_end(self) -> None:
@@ -151,6 +147,7 @@ class Instances:
         self._quarantined: dict[int, float] = {}
         self._calls: defaultdict[int, set[InstanceCall]] = defaultdict(set)
         self._watching: asyncio.Task[None] | None = None
+        self.num_calls = 0
 
     async def eligible(self, request: dict[str, Any], context: RequestContext, deadline: float) -> list[int]:
         """The instances that may be called, at least one; none when the caller gave up waiting for one.
@@ -193,12 +190,14 @@ class Instances:
         """For as long as `call` runs: it is given up when the instance turns out to be dead."""
         calls = self._calls[instance_id]
         calls.add(call)
+        self.num_calls += 1
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
         try:
             yield
         finally:
             call.drop()
+            self.num_calls -= 1
             calls.discard(call)
             if not calls and self._calls.get(instance_id) is calls:
                 del self._calls[instance_id]
