@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections import Counter
+from decimal import Decimal
 from typing import Any
 
 import httpx
@@ -97,8 +98,8 @@ def outcomes_of(schemas: dict[int, dict[str, Any]], url: str, model: str) -> Cou
             return f"{seed}: {answer.text}: {json.dumps(schema)}"
         (choice,) = answer.json()["choices"]
         if choice["finish_reason"] == "stop":
-            try:
-                jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+            try:  # numbers as they are written: 10.0000000000000003 is above 10, though not as a float
+                jsonschema.validate(json.loads(choice["message"]["content"], parse_float=Decimal), schema)
             except (ValueError, jsonschema.ValidationError) as error:
                 return f"{seed}: {error}: {choice['message']['content']}"
         return str(choice["finish_reason"])
