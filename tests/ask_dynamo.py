@@ -129,7 +129,7 @@ async def calls(infra: Infra) -> dict[str, Any]:
     runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
-    client = await endpoint.client()
+    client = await releases.open_client(endpoint)
     await until(client.instance_ids)
     (instance_id,) = client.instance_ids()
 
@@ -178,7 +178,8 @@ async def killed(infra: Infra) -> dict[str, Any]:
     scripts = Pipeline(infra, infra.folder)
     engine = scripts.fake_engine("--token-interval-ms", "20")
     runtime = await releases.open_runtime()
-    client = await (await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)).client()
+    endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)
+    client = await releases.open_client(endpoint)
     await until(client.instance_ids)
     (instance_id,) = client.instance_ids()
 
@@ -208,7 +209,7 @@ async def opened(infra: Infra) -> dict[str, Any]:
     runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(handler))
-    client = await endpoint.client()
+    client = await releases.open_client(endpoint)
     await until(client.instance_ids)
     is_over = asyncio.Event()
 
@@ -237,7 +238,8 @@ from common.dynamo import releases
 
 async def read():
     runtime = await releases.open_runtime()
-    client = await (await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)).client()
+    endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=False)
+    client = await releases.open_client(endpoint)
     await client.wait_for_instances()
     stream = await client.direct({"size": 3000, "pause_s": 0.002}, client.instance_ids()[0])
     print("reading", flush=True)
@@ -266,7 +268,7 @@ async def stalled(infra: Infra) -> dict[str, Any]:
     runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
     served = asyncio.ensure_future(endpoint.serve_endpoint(Serving(handler, Connection()).answer))
-    client = await endpoint.client()
+    client = await releases.open_client(endpoint)
     await until(client.instance_ids)
 
     async def longest_pause_s(context: Any) -> float:

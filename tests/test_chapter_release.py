@@ -155,6 +155,16 @@ def test_each_new_token_arrives_once(chapter: Pipeline, tokenizer: Tokenizer) ->
 
 
 @pytest.mark.process
+def test_dynamo_logs_nothing_of_its_own_about_a_request(chapter: Pipeline) -> None:
+    num_before = [len(process.log) for process in chapter.processes]
+    ask(chapter)
+    frontend = chapter.processes[2]
+    wait_until(lambda: "POST" in frontend.log[num_before[2] :], 5, "the frontend's own line")
+    logged = "".join(process.log[num:] for process, num in zip(chapter.processes, num_before, strict=True))
+    assert [line for line in logged.splitlines() if "dynamo_runtime" in line or "request_span" in line] == []
+
+
+@pytest.mark.process
 def test_a_client_that_leaves_stops_the_engine(chapter: Pipeline) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{chapter.url}/v1/chat/completions", json=CHAT | {"max_tokens": 3000}, timeout=1)

@@ -94,7 +94,7 @@ class Connection:
     async def _watch(self, raw: Any, generation: int) -> None:
         """Notice the runtime's end, which a process without a service would otherwise never learn of."""
         try:
-            nobody = await (await releases.open_endpoint(raw, *_NOBODY, serve=False)).client()
+            nobody = await releases.open_client(await releases.open_endpoint(raw, *_NOBODY, serve=False))
             await nobody.wait_for_instances()
         except Exception as error:
             if not self.is_stopping.is_set():

@@ -146,7 +146,7 @@ class Client:
             async with self._refreshing:
                 generation = self._runtime.generation
                 if self._generation != generation:
-                    self._raw = await (await self._endpoint.open(serve=False)).client()
+                    self._raw = await releases.open_client(await self._endpoint.open(serve=False))
                     detect_dead_peers()  # answers come in through a socket that is listening by now
                     self._generation = generation
         return self._raw
