@@ -120,7 +120,7 @@ test-chapter: model .venv-chapter/installed
 	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
 
 # Any other release, in an environment like that one, which nothing locks.
-VERSION ?= 1.6.1
+VERSION ?= 1.4.2
 
 .venv-dynamo-%/installed: requirements-chapter.in | setup
 	@$(VENV_PYTHON) -m uv venv --quiet --no-config --clear --python $(VENV_PYTHON) $(@D)

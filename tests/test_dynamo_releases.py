@@ -1,4 +1,4 @@
-"""What docs/dynamo-releases.md says of three Dynamo releases, asked of the one that is installed."""
+"""What docs/dynamo-releases.md says of Dynamo's releases, asked of the one that is installed."""
 
 import json
 import os
