@@ -33,10 +33,10 @@ def call_endpoint(
 @dynamo_worker(static=False)
 async def _worker(runtime: DistributedRuntime, component: str, endpoint: str, requests: list[dict[str, Any]]) -> None:
     client = await runtime.namespace("inference").component(component).endpoint(endpoint).client()
-    while not await client.instance_ids():
+    while not (instance_ids := await client.instance_ids()):
         await asyncio.sleep(0.05)
     for request in requests:
-        print(json.dumps([chunk.data() async for chunk in await client.generate(request)]))
+        print(json.dumps([chunk async for chunk in await client.direct(request, instance_ids[0])]))
     runtime.request_stop()
 
 

@@ -22,6 +22,7 @@ Each function below is one row or two. Releases are told apart by what they offe
 """
 
 import asyncio
+import inspect
 import logging
 import re
 import uuid
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _HAS_COMPONENTS = hasattr(DistributedRuntime, "namespace")
 _TAKES_A_STORE = "store_kv" in (DistributedRuntime.__text_signature__ or "")
+_CLIENTS_HAVE_A_MODE = "router_mode" in inspect.signature(_core.Endpoint.client).parameters
 CAN_REOPEN = _TAKES_A_STORE or not _HAS_COMPONENTS
 """Whether a process can open another runtime after its first one has ended."""
 
@@ -113,9 +115,7 @@ async def open_client(endpoint: Any) -> Any:
 
     1.6 logs the end of each call at any level, unless a client is one for KV routing, which is told whom to call.
     """
-    if "router_mode" in _core.Endpoint.client.__text_signature__:
-        return await endpoint.client(_core.RouterMode.KV)
-    return await endpoint.client()
+    return await (endpoint.client(_core.RouterMode.KV) if _CLIENTS_HAVE_A_MODE else endpoint.client())
 
 
 def expose_metrics(endpoint: Any, metrics_text: Callable[[], str]) -> bool:

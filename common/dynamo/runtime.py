@@ -163,17 +163,6 @@ class Client:
         """How many `instance_ids` would name, for those who cannot wait."""
         return len(self._raw.instance_ids())
 
-    async def generate(self, request: dict[str, Any], context: Context | None = None) -> AsyncIterator[Any]:
-        """Call the next instance in turn. Each item of the stream has the worker's dict in `.data()`.
-
-        Raises:
-            Exception: what the runtime raises, here or while the stream is read; see `common.dynamo.failover`.
-        """
-        raw = await self.refresh()
-        stream: AsyncIterator[Any] = await raw.round_robin(request, context=context)
-        releases.repeat_early_stop(context)
-        return stream
-
     async def ask(self, question: dict[str, Any], instance_id: int) -> Any:
         """One question to one instance: the first dict of its answer, which needs no finish_reason.
 
@@ -185,7 +174,11 @@ class Client:
     def direct(
         self, request: dict[str, Any], instance_id: int, context: Context | None = None
     ) -> Awaitable[AsyncIterator[Any]]:
-        """Call one instance. The stream's items are the worker's dicts."""
+        """Call one instance. The stream's items are the worker's dicts.
+
+        Raises:
+            Exception: what the runtime raises, here or while the stream is read; see `common.dynamo.failover`.
+        """
         if self._generation != self._runtime.generation:
             return self._direct_anew(request, instance_id, context)
         opening: asyncio.Future[AsyncIterator[Any]] = self._raw.direct(
