@@ -109,7 +109,7 @@ test-page: model
 
 # A small environment of its own: no SGLang and no PyTorch. Made anew when its requirements change, in seconds.
 CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py chat_errors.py streaming.py \
-	strangers.py faults.py)
+	security.py faults.py)
 
 .venv-chapter/installed: requirements-chapter.txt | setup
 	@$(VENV_PYTHON) -m uv venv --quiet --no-config --clear --python $(VENV_PYTHON) .venv-chapter

@@ -285,3 +285,14 @@ def running(thing: "Infra | Pipeline | Process") -> Iterator[None]:
         yield
     finally:
         thing.stop()
+
+
+@contextlib.contextmanager
+def new_pipeline(
+    folder: Path, *, env: Mapping[str, str] | None = None, nats_args: Sequence[str] = ()
+) -> Iterator[Pipeline]:
+    """NATS and etcd, and no script yet: those that the block starts are stopped at its end, as the servers are."""
+    infra = Infra(folder / "infra", nats_args=nats_args)
+    with running(infra), running(pipeline := Pipeline(infra, folder / "scripts", env=env)):
+        infra.start()
+        yield pipeline

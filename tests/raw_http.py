@@ -15,7 +15,7 @@ def connect(pipeline: Pipeline, *, receive_buffer: int | None = None) -> socket.
     client.settimeout(30)
     if receive_buffer is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.connect(("127.0.0.1", pipeline.http_port))
+    client.connect((pipeline.address, pipeline.http_port))
     return client
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tests.processes import DYNAMO, MODEL, ROOT, Infra, Pipeline, running, wait_until
+from tests.processes import DYNAMO, MODEL, ROOT, Infra, Pipeline, new_pipeline, running, wait_until
 
 SERVICES = [("engine", "generate"), ("processor", "process")]
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}
@@ -81,10 +81,7 @@ def test_a_script_knows_nothing_of_releases(script: str) -> None:
 @pytest.fixture(scope="module")
 def chapter(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """The three scripts; of the engine, all but the lines that call SGLang."""
-    folder = tmp_path_factory.mktemp("chapter")
-    infra = Infra(folder / "infra")
-    pipeline = Pipeline(infra, folder / "scripts")
-    with running(infra.start()), running(pipeline):
+    with new_pipeline(tmp_path_factory.mktemp("chapter")) as pipeline:
         pipeline.script("tests/engine_without_sglang.py")
         pipeline.processor()
         pipeline.frontend()

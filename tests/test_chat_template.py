@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.openai.request import ChatCompletionRequest, parse_chat_request
 from common.text.chat_template import ChatTemplate, template_tools
-from tests.hermes_model import TEMPLATE as HERMES
+from tests.model_copies import TEMPLATE as HERMES
 from tests.tokenizers_for_tests import byte_level
 
 PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"

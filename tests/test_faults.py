@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.load import CHAT, Load, chat, streamed_text
-from tests.processes import DYNAMO, SHORT_LEASE, Infra, Pipeline, Process, accepts, running, wait_until
+from tests.processes import DYNAMO, SHORT_LEASE, Infra, Pipeline, Process, accepts, new_pipeline, running, wait_until
 from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
@@ -24,9 +24,7 @@ HASTY_S = 4
 @pytest.fixture(scope="module")
 def survivors(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """One frontend and one processor that see all faults of this module."""
-    folder = tmp_path_factory.mktemp("faults")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    with new_pipeline(tmp_path_factory.mktemp("faults")) as pipeline:
         pipeline.frontend()
         pipeline.processor()
         yield pipeline
@@ -35,9 +33,7 @@ def survivors(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> 
 @pytest.fixture(scope="module")
 def hasty_survivors(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """The same, with little patience for each other, and with leases that etcd ends after two seconds."""
-    folder = tmp_path_factory.mktemp("hasty")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts", env=SHORT_LEASE)):
+    with new_pipeline(tmp_path_factory.mktemp("hasty"), env=SHORT_LEASE) as pipeline:
         pipeline.frontend("--processor-wait", str(HASTY_S))
         pipeline.processor("--engine-wait", str(HASTY_S))
         yield pipeline

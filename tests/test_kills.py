@@ -15,7 +15,7 @@ import pytest
 
 from tests.frontends import frontend_beside
 from tests.load import Asked, Load, ask, chat
-from tests.processes import SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
+from tests.processes import SHORT_LEASE, Pipeline, Process, new_pipeline, running, wait_until
 from tests.raw_http import open_request
 
 pytestmark = pytest.mark.process
@@ -34,9 +34,7 @@ both_moments = pytest.mark.parametrize("is_midway", [False, True], ids=["before 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """A frontend and a processor for all tests of this module; some of them start one or the other anew."""
-    folder = tmp_path_factory.mktemp("kills")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    with new_pipeline(tmp_path_factory.mktemp("kills")) as pipeline:
         pipeline.frontend("--processor-wait", str(STARTED_S))
         pipeline.processor("--engine-wait", str(WAIT_S))
         yield pipeline

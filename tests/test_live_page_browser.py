@@ -12,8 +12,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browsers import chromium
 from tests.frontends import frontend_beside
-from tests.hermes_model import make_thinking_model
-from tests.processes import SHORT_LEASE, Infra, Pipeline, running, wait_until
+from tests.model_copies import make_thinking_model
+from tests.processes import SHORT_LEASE, Pipeline, new_pipeline, running, wait_until
 
 pytestmark = [
     pytest.mark.browser,
@@ -44,10 +44,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """A pipeline that says what it is told, 20 tokens a second, under a model name that is an attack itself."""
-    folder = tmp_path_factory.mktemp("page")
-    infra = Infra(folder / "infra")
-    pipeline = Pipeline(infra, folder / "scripts", env=SHORT_LEASE)
-    with running(infra.start()), running(pipeline):
+    with new_pipeline(tmp_path_factory.mktemp("page"), env=SHORT_LEASE) as pipeline:
         start_engine(pipeline)
         pipeline.processor("--served-model-name", MODEL_NAME)
         pipeline.frontend()

@@ -11,7 +11,18 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.processes import DYNAMO, ROOT, SHORT_LEASE, Infra, Pipeline, Process, free_port, running, wait_until
+from tests.processes import (
+    DYNAMO,
+    ROOT,
+    SHORT_LEASE,
+    Infra,
+    Pipeline,
+    Process,
+    free_port,
+    new_pipeline,
+    running,
+    wait_until,
+)
 from tests.raw_http import CHAT
 from tests.streams import ask_stream
 
@@ -49,8 +60,8 @@ class Scraped:
 class Scripts:
     """A pipeline whose processes show their metrics."""
 
-    def __init__(self, infra: Infra, folder: Path) -> None:
-        self.pipeline = Pipeline(infra, folder)
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
         self.urls: dict[str, str] = {"frontend": self.pipeline.url}
 
     def own_port(self, component: str) -> Mapping[str, str]:
@@ -83,16 +94,13 @@ class Growth:
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Scripts]:
-    infra = Infra(tmp_path_factory.mktemp("metrics-infra"))
-    with running(infra):
-        scripts = Scripts(infra.start(), tmp_path_factory.mktemp("metrics"))
-        pipeline = scripts.pipeline
-        with running(pipeline):
-            pipeline.script("tests/engine_without_sglang.py", env=scripts.own_port("engine"))
-            pipeline.processor(env=scripts.own_port("processor"))
-            pipeline.frontend("--max-concurrency", "3", "--api-key", "key")
-            pipeline.wait_ready()
-            yield scripts
+    with new_pipeline(tmp_path_factory.mktemp("metrics")) as pipeline:
+        scripts = Scripts(pipeline)
+        pipeline.script("tests/engine_without_sglang.py", env=scripts.own_port("engine"))
+        pipeline.processor(env=scripts.own_port("processor"))
+        pipeline.frontend("--max-concurrency", "3", "--api-key", "key")
+        pipeline.wait_ready()
+        yield scripts
 
 
 @pytest.fixture
@@ -205,7 +213,7 @@ def test_a_workers_port_is_on_loopback_and_has_dynamos_metrics_too(scripts: Scri
 @pytest.fixture
 def faulty(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Scripts]:
     """A pipeline without an engine, to be harmed."""
-    scripts = Scripts(own_infra, tmp_path / "scripts")
+    scripts = Scripts(Pipeline(own_infra, tmp_path / "scripts"))
     with running(scripts.pipeline):
         scripts.pipeline.processor("--engine-wait", "1", env={**scripts.own_port("processor"), **SHORT_LEASE})
         scripts.pipeline.frontend()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.frontends import frontend_beside
-from tests.processes import MODEL, Infra, Pipeline, Process, running, wait_until
+from tests.processes import MODEL, Infra, Pipeline, Process, new_pipeline, running, wait_until
 from tests.raw_http import CHAT, CHAT_HEAD, chat_request, connect, open_request, read_until_closed
 
 pytestmark = pytest.mark.process
@@ -25,9 +25,7 @@ DEADLINES = ("--header-timeout", "1", "--body-timeout", "1", "--send-timeout", "
 @pytest.fixture(scope="module")
 def paced(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """A frontend with a low limit and short deadlines, on an engine of 100 tokens a second and request."""
-    folder = tmp_path_factory.mktemp("overload")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    with new_pipeline(tmp_path_factory.mktemp("overload")) as pipeline:
         pipeline.frontend("--max-concurrency", str(LIMIT), *DEADLINES)
         pipeline.processor()
         pipeline.fake_engine("--token-interval-ms", "10")

@@ -13,8 +13,7 @@ from sglang.srt.parser.reasoning_parser import ReasoningParser
 from common.text.reasoning import ReasoningReader
 from common.text.tool_calls import PlainTextReader, hermes_reader
 from common.wire import ProcessorChunk
-from tests.hermes_model import make_thinking_model
-from tests.processes import MODEL, Infra, Pipeline, running
+from tests.processes import MODEL, Pipeline
 from tests.streams import ask_stream
 from tests.test_tool_calls import ROME, cuts
 from tests.tokenizers_for_tests import few_examples
@@ -105,23 +104,6 @@ def test_any_cut_of_much_white_space_gives_the_same(num_spaces: int, is_open: bo
     whole = read([text], is_open=is_open)
     assert read(list(text), is_open=is_open) == whole
     assert read([text[at : at + 7] for at in range(0, len(text), 7)], is_open=is_open) == whole
-
-
-@pytest.fixture(scope="module")
-def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
-    """Real processors on an engine that echoes what a user says."""
-    folder = tmp_path_factory.mktemp("reasoning")
-    infra = Infra(folder / "infra")
-    pipeline = Pipeline(infra, folder)
-    with running(infra.start()), running(pipeline):
-        pipeline.fake_engine("--echo")
-        pipeline.processor()
-        for name, is_open in (("closed", False), ("open", True)):
-            model = make_thinking_model(folder / name, is_open=is_open)
-            pipeline.script("processor.py", "--model", str(model), "--served-model-name", name)
-        pipeline.frontend()
-        pipeline.wait_ready(processors=3)
-        yield pipeline
 
 
 @pytest.fixture

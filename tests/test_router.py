@@ -18,7 +18,7 @@ import pytest
 from common.routing.ask_router import ASKING_TIMEOUT_S
 from launch.conversation import show_choices_of_the_router, show_turns_of_engines
 from launch.settings import Settings
-from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, free_port, wait_until
+from tests.processes import MODEL, SHORT_LEASE, Pipeline, Process, free_port, new_pipeline, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -121,14 +121,8 @@ async def post(client: httpx.AsyncClient, prompt: str, max_tokens: int, **option
 
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Routed]:
-    servers = Infra(tmp_path_factory.mktemp("infra"))
-    pipeline = Pipeline(servers, tmp_path_factory.mktemp("routed"))
-    try:
-        servers.start()
+    with new_pipeline(tmp_path_factory.mktemp("routed")) as pipeline:
         yield Routed(pipeline)
-    finally:
-        pipeline.stop()
-        servers.stop()
 
 
 def prompts(num: int, name: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.frontends import frontend_beside
 from tests.load import chat, streamed_text
-from tests.processes import Infra, Pipeline, Process, running, wait_until
+from tests.processes import Pipeline, Process, new_pipeline, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """One frontend, two processors, two engines."""
-    folder = tmp_path_factory.mktemp("scaling")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    with new_pipeline(tmp_path_factory.mktemp("scaling")) as pipeline:
         pipeline.frontend()
         for _ in range(2):
             pipeline.processor()

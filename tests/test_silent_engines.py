@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.load import chat, streamed_text
-from tests.processes import SHORT_LEASE, Infra, Pipeline, Process, running, wait_until
+from tests.processes import SHORT_LEASE, Pipeline, Process, new_pipeline, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -20,10 +20,7 @@ SILENT_S = 8  # longer than one without a lease may be
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
-    folder = tmp_path_factory.mktemp("silent")
-    infra = Infra(folder / "infra")
-    pipeline = Pipeline(infra, folder / "scripts", env=SHORT_LEASE)
-    with running(infra.start()), running(pipeline):
+    with new_pipeline(tmp_path_factory.mktemp("silent"), env=SHORT_LEASE) as pipeline:
         pipeline.frontend()
         pipeline.processor("--engine-wait", str(ENGINE_WAIT_S))
         yield pipeline

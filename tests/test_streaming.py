@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from common.text.detokenizer import TokenBytes
-from tests.processes import MODEL, Infra, Pipeline, running, wait_until
+from tests.processes import MODEL, Pipeline, new_pipeline, wait_until
 from tests.streams import Stream, ask_stream, events_of, read_stream
 from tests.tokenizers_for_tests import MULTIBYTE_TEXTS, encode, with_each_text
 
@@ -39,10 +39,7 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """A frontend and a processor. One engine at a time joins them."""
-    servers = Infra(tmp_path_factory.mktemp("stage-infra"))
-    pipeline = Pipeline(servers, tmp_path_factory.mktemp("stage"))
-    with running(servers), running(pipeline):
-        servers.start()
+    with new_pipeline(tmp_path_factory.mktemp("stage")) as pipeline:
         pipeline.processor("--engine-wait", "1")
         pipeline.frontend()
         yield pipeline
@@ -246,10 +243,7 @@ def test_a_failure_before_the_first_token_has_a_status_of_its_own(client: httpx.
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """20 tokens a second, to be harmed; nobody waits long for anybody."""
-    servers = Infra(tmp_path_factory.mktemp("slow-infra"))
-    pipeline = Pipeline(servers, tmp_path_factory.mktemp("slow"))
-    with running(servers), running(pipeline):
-        servers.start()
+    with new_pipeline(tmp_path_factory.mktemp("slow")) as pipeline:
         pipeline.fake_engine("--echo", "--token-interval-ms", "50")
         pipeline.processor("--engine-wait", "1")
         pipeline.frontend("--processor-wait", "1")

@@ -4,13 +4,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.processes import DYNAMO, Infra, Pipeline, Process, running, wait_until
+from tests.processes import DYNAMO, Pipeline, Process, new_pipeline, wait_until
 from tests.raw_http import CHAT
 
 pytestmark = pytest.mark.process
@@ -21,23 +22,21 @@ TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
 JSONL = {"DYN_LOGGING_JSONL": "1"}
 
 
-def start(infra: Infra, folder: Path, env: Mapping[str, str]) -> Pipeline:
+@contextmanager
+def started(folder: Path, env: Mapping[str, str]) -> Iterator[Pipeline]:
     """The three scripts, without SGLang."""
-    pipeline = Pipeline(infra, folder, env={**JSONL, **env})
-    pipeline.script("tests/engine_without_sglang.py")
-    pipeline.processor("--engine-wait", "1")
-    pipeline.frontend()
-    return pipeline
+    with new_pipeline(folder, env={**JSONL, **env}) as pipeline:
+        pipeline.script("tests/engine_without_sglang.py")
+        pipeline.processor("--engine-wait", "1")
+        pipeline.frontend()
+        pipeline.wait_ready()
+        yield pipeline
 
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
-    infra = Infra(tmp_path_factory.mktemp("tracing-infra"))
-    with running(infra):
-        pipeline = start(infra.start(), tmp_path_factory.mktemp("tracing"), {})
-        with running(pipeline):
-            pipeline.wait_ready()
-            yield pipeline
+    with started(tmp_path_factory.mktemp("tracing"), {}) as pipeline:
+        yield pipeline
 
 
 def ask(pipeline: Pipeline, request_id: str, traceparent: str | None = TRACEPARENT, **fields: object) -> httpx.Response:
@@ -107,11 +106,9 @@ def test_without_a_sane_one_a_trace_begins(scripts: Pipeline, traceparent: str |
     assert int(trace_id, 16)
 
 
-def test_every_line_is_json_from_start_to_stop(own_infra: Infra, tmp_path: Path, embedded_model: str) -> None:
+def test_every_line_is_json_from_start_to_stop(tmp_path: Path, embedded_model: str) -> None:
     """With answers, refusals, an abandoned stream, and what uvicorn has to say."""
-    pipeline = start(own_infra, tmp_path / "scripts", {"DYN_LOG": "debug"})
-    with running(pipeline):
-        pipeline.wait_ready()
+    with started(tmp_path, {"DYN_LOG": "debug"}) as pipeline:
         assert ask(pipeline, "a").status_code == 200
         assert ask(pipeline, "b", model="nope").status_code == 404
         assert ask(pipeline, "c", logit_bias={"1": 0.5}, max_tokens=10**9).status_code == 400
@@ -158,17 +155,13 @@ def collector() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory: pytest.TempPathFactory, collector: Any, embedded_model: str) -> Iterator[Pipeline]:
     """The three scripts, whose spans go to the collector."""
-    infra = Infra(tmp_path_factory.mktemp("traced-infra"))
     env = {
         "OTEL_EXPORT_ENABLED": "1",
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{collector.port}",
         "OTEL_BSP_SCHEDULE_DELAY": "100",
     }
-    with running(infra):
-        pipeline = start(infra.start(), tmp_path_factory.mktemp("traced"), env)
-        with running(pipeline):
-            pipeline.wait_ready()
-            yield pipeline
+    with started(tmp_path_factory.mktemp("traced"), env) as pipeline:
+        yield pipeline
 
 
 @pytest.mark.skipif(DYNAMO.startswith("0."), reason="the environment of that release has no exporter")
@@ -217,13 +210,11 @@ class TestExport:
         assert {line["trace_id"] for line in lines_of(traced, "span-4").values()} == {"2" * 32}
 
     def test_a_collector_that_is_gone_costs_no_answer_and_holds_up_no_stop(
-        self, own_infra: Infra, tmp_path: Path, embedded_model: str
+        self, tmp_path: Path, embedded_model: str
     ) -> None:
         env = {"OTEL_EXPORT_ENABLED": "1", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9"}
-        pipeline = start(own_infra, tmp_path / "scripts", env)
-        with running(pipeline):
-            pipeline.wait_ready()
+        with started(tmp_path, env) as pipeline:
             assert ask(pipeline, "span-6").status_code == 200
-            started = time.monotonic()
+            asked_at = time.monotonic()
             assert [process.terminate() for process in reversed(pipeline.processes)] == [0, 0, 0]
-            assert time.monotonic() - started < 3 * 8, "each is through in two seconds, on a machine that is not busy"
+            assert time.monotonic() - asked_at < 3 * 8, "each is through in two seconds, on a machine that is not busy"

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import MODEL, Infra, Pipeline, Process, running, wait_until
+from tests.processes import MODEL, Pipeline, Process, new_pipeline, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -16,9 +16,7 @@ OTHER = ("--tokenizer-sha256", "0" * 64)
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
-    folder = tmp_path_factory.mktemp("fit")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    with new_pipeline(tmp_path_factory.mktemp("fit")) as pipeline:
         pipeline.frontend()
         pipeline.processor("--engine-wait", "1")
         yield pipeline

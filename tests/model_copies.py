@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from tests.processes import MODEL, ROOT
 
@@ -44,6 +43,8 @@ THINKING_TEMPLATE = """\
 
 def make_thinking_model(folder: Path, *, is_open: bool) -> Path:
     """One that has tokens for its thoughts. is_open: its prompt begins them."""
+    from transformers import AutoTokenizer  # takes seconds
+
     tokenizer = AutoTokenizer.from_pretrained(ROOT / MODEL)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
     tokenizer.chat_template = THINKING_TEMPLATE + "<think>\n" * is_open

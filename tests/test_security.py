@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.fake_processor import ENDLESS, GARBAGE
-from tests.processes import DYNAMO, Infra, Pipeline, Process, accepts, running, wait_until
+from tests.processes import DYNAMO, Infra, Pipeline, Process, accepts, new_pipeline, running, wait_until
 from tests.raw_http import CHAT
 
 SECRETS = ("n4tsPass", "t0kenOfNats", "etcdPass5", "wr0ngSecret")
@@ -96,10 +96,12 @@ def assert_no_secrets(*processes: Process) -> None:
 
 @pytest.mark.process
 def test_users_and_passwords_all_the_way(tmp_path: Path, embedded_model: str) -> None:
-    infra = Infra(tmp_path / "infra", nats_args=["--user", "pipeline", "--pass", NATS_USER["NATS_AUTH_PASSWORD"]])
-    pipeline = Pipeline(infra, tmp_path / "scripts", env={**NATS_USER, **ETCD_USER})
-    with running(infra.start()), running(pipeline):
-        with_etcd_users(infra)
+    with new_pipeline(
+        tmp_path,
+        nats_args=["--user", "pipeline", "--pass", NATS_USER["NATS_AUTH_PASSWORD"]],
+        env={**NATS_USER, **ETCD_USER},
+    ) as pipeline:
+        with_etcd_users(pipeline.infra)
         pipeline.frontend()
         pipeline.processor()
         pipeline.fake_engine()
@@ -122,9 +124,7 @@ def all_the_way(pipeline: Pipeline) -> None:
 
 @pytest.mark.process
 def test_a_nats_token_all_the_way(tmp_path: Path) -> None:
-    infra = Infra(tmp_path / "infra", nats_args=["--auth", NATS_TOKEN["NATS_AUTH_TOKEN"]])
-    pipeline = Pipeline(infra, tmp_path / "scripts", env=NATS_TOKEN)
-    with running(infra.start()), running(pipeline):
+    with new_pipeline(tmp_path, nats_args=["--auth", NATS_TOKEN["NATS_AUTH_TOKEN"]], env=NATS_TOKEN) as pipeline:
         all_the_way(pipeline)
 
 
@@ -215,12 +215,11 @@ def test_tls_with_a_server_that_has_none_is_one_line_and_no_start(infra: Infra, 
 @pytest.fixture(scope="module")
 def nonsense(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     """A frontend before a processor that sends garbage when it is asked to."""
-    folder = tmp_path_factory.mktemp("nonsense")
-    infra = Infra(folder / "infra")
-    with running(infra.start()), running(pipeline := Pipeline(infra, folder / "scripts")):
+    with new_pipeline(tmp_path_factory.mktemp("nonsense")) as pipeline:
         pipeline.frontend()
         pipeline.script("tests/fake_processor.py")
-        wait_until(lambda: accepts(pipeline.http_port) and bool(infra.instance_keys("processor/process")), 30, "both")
+        wait_until(lambda: accepts(pipeline.http_port), 30, "the frontend")
+        wait_until(lambda: bool(pipeline.infra.instance_keys("processor/process")), 30, "the processor")
         yield pipeline
         assert pipeline.processes[1].terminate() == 0
 
