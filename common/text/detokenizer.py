@@ -129,7 +129,7 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 class IncrementalDetokenizer:
-    """Turns the ids of one generation into text: for any split, pushes + flush == `detokenize(all ids)`.
+    """Turns the ids of one generation into text: for any split, the pushes joined are `detokenize(all ids)`.
 
     hidden_ids: those that the text leaves out; None: the special tokens.
     """
@@ -141,7 +141,7 @@ class IncrementalDetokenizer:
         self._is_at_start = True
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these ids complete; "" while a character is unfinished.
+        """The text that these ids complete; "" while a character is unfinished, which at the end is dropped.
 
         token_ids: new ids only, length >= 0; ids outside the vocabulary add nothing.
         """
@@ -150,11 +150,6 @@ class IncrementalDetokenizer:
         if self._is_at_start:
             self._strip_leading_space(shown_ids, pieces)
         return self._utf8.decode(b"".join(pieces))
-
-    def flush(self) -> str:
-        """What is left when the generation ends: nothing, because a character that was cut off is dropped."""
-        self._utf8.reset()
-        return ""
 
     def _strip_leading_space(self, shown_ids: list[int], pieces: list[bytes]) -> None:
         first = next((index for index, piece in enumerate(pieces) if piece), None)
@@ -165,8 +160,7 @@ class IncrementalDetokenizer:
 
 def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, hidden_ids: Set[int] | None = None) -> str:
     """The text of a whole generation; a character cut off at its end is dropped."""
-    detokenizer = IncrementalDetokenizer(tokenizer, hidden_ids=hidden_ids)
-    return detokenizer.push(token_ids) + detokenizer.flush()
+    return IncrementalDetokenizer(tokenizer, hidden_ids=hidden_ids).push(token_ids)
 
 
 @functools.lru_cache(maxsize=8)

@@ -89,10 +89,7 @@ class GeneratedText:
 
     def finish(self) -> str:
         """The text held back, when the generation has ended; "" after a stop string."""
-        rest = self._detokenizer.flush()
-        if self._stop_strings is None:
-            return rest
-        return self._stop_strings.push(rest) + self._stop_strings.flush()
+        return self._stop_strings.flush() if self._stop_strings else ""
 
     def _push_token(self, token_id: int, stop_strings: StopStringMatcher) -> str:
         if stop_strings.matched is not None:
