@@ -26,7 +26,7 @@ from common.wire import (
 )
 from tests.contexts import request_context
 from tests.frontends import frontend_beside
-from tests.processes import MODEL, Infra, Pipeline, running
+from tests.processes import MODEL, Pipeline, new_pipeline
 from tests.streams import ask_stream
 
 CHAT_PATH = "/v1/chat/completions"
@@ -103,8 +103,10 @@ class TestAPath:
 
     def test_it_tells_who_was_called_and_who_broke(self) -> None:
         path = RequestPath()
-        path.calling(2**63).broke()
-        path.calling(255).received(read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}}))
+        path.broke(path.calling(2**63))
+        path.received(
+            path.calling(255), read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
+        )
         first, second = path.to_json()["calls"]
         assert (first["instance"], first["is_broken"]) == ("8000000000000000", True)
         assert (second["instance"], second["stage"]) == ("ff", {"first_us": 1, "last_us": 2})
@@ -226,10 +228,7 @@ class TestAPathOnTheWay:
 @pytest.fixture(scope="module")
 def plain_workers(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
     """Workers that know no more than the chapter does."""
-    folder = tmp_path_factory.mktemp("plain")
-    infra = Infra(folder / "infra")
-    pipeline = Pipeline(infra, folder / "scripts")
-    with running(infra.start()), running(pipeline):
+    with new_pipeline(tmp_path_factory.mktemp("plain")) as pipeline:
         pipeline.frontend()
         yield pipeline
 

@@ -10,7 +10,6 @@ call that the worker does not account for was spent between the two processes.
 import logging
 import os
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -42,41 +41,34 @@ class RequestPath:
         self._received_ns = time.monotonic_ns()
         self.trace = HopTrace()
 
-    def _now_us(self) -> int:
-        return (time.monotonic_ns() - self._received_ns) // 1000
-
-    def calling(self, instance_id: int, route: RouteTrace | None = None) -> "CallNotes":
+    def calling(self, instance_id: int, route: RouteTrace | None = None) -> CallTrace:
         call = CallTrace(instance=f"{instance_id:x}", called_us=self._now_us(), route=route)
         self.trace.calls.append(call)
-        return CallNotes(call, self._now_us)
+        return call
 
     def answering(self) -> None:
         """Note that something leaves this process."""
-        self.trace.last_us = self._now_us()
-        if self.trace.first_us is None:
-            self.trace.first_us = self.trace.last_us
+        self._note(self.trace)
+
+    def received(self, call: CallTrace, chunk: ProcessorChunk | EngineChunk) -> None:
+        self._note(call)
+        call.stage = chunk.path or call.stage
+
+    def broke(self, call: CallTrace) -> None:
+        call.last_us, call.is_broken = self._now_us(), True
+
+    def _note(self, trace: HopTrace | CallTrace) -> None:
+        trace.last_us = self._now_us()
+        if trace.first_us is None:
+            trace.first_us = trace.last_us
+
+    def _now_us(self) -> int:
+        return (time.monotonic_ns() - self._received_ns) // 1000
 
     def to_json(self) -> dict[str, Any]:
         """The whole path, as a frontend tells it to its client. `pid`: a frontend is in no registry, and has no id."""
         self.answering()
         return {"pid": os.getpid(), **msgspec.to_builtins(self.trace)}
-
-
-class CallNotes:
-    """What a caller notes about one call."""
-
-    def __init__(self, call: CallTrace, now_us: Callable[[], int]) -> None:
-        self._call, self._now_us = call, now_us
-
-    def received(self, chunk: ProcessorChunk | EngineChunk) -> None:
-        self._call.last_us = self._now_us()
-        if self._call.first_us is None:
-            self._call.first_us = self._call.last_us
-        self._call.stage = chunk.path or self._call.stage
-
-    def broke(self) -> None:
-        self._call.last_us = self._now_us()
-        self._call.is_broken = True
 
 
 OK = "ok"
@@ -237,21 +229,21 @@ class CallRecord:
     """What a caller notes about one call of an instance."""
 
     def __init__(self, record: RequestRecord, instance_id: int, route: RouteTrace | None) -> None:
-        self._record = record
+        self._record, self._path = record, record.path
         self._tokens = TokenTimes(record)
-        self._notes = record.path.calling(instance_id, route) if record.path else None
+        self._trace = self._path.calling(instance_id, route) if self._path else None
 
     def received(self, chunk: ProcessorChunk | EngineChunk) -> None:
         if isinstance(chunk, EngineChunk):
             self._tokens.add(len(chunk.token_ids))
         else:
             self._record.add_text(chunk)
-        if self._notes is not None:
-            self._notes.received(chunk)
+        if self._path and self._trace:
+            self._path.received(self._trace, chunk)
 
     def broke(self) -> None:
-        if self._notes is not None:
-            self._notes.broke()
+        if self._path and self._trace:
+            self._path.broke(self._trace)
 
 
 class RequestRecords:
