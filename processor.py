@@ -13,7 +13,7 @@ from contextlib import aclosing
 import uvloop
 
 from common.arguments import ProcessorArgs, parse_processor_args
-from common.dynamo.failover import EngineClient
+from common.dynamo.directories import EngineClient
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
 from common.openai.request import ChatCompletionRequest
@@ -46,9 +46,7 @@ class RequestHandler:
         await self.tokenizer.check(request)
         await self.engines.check(request)
         limits = await self.engines.limits()
-        token_ids = await self.tokenizer.encode_chat(
-            request.messages, limits, request.usable_tools, request.template_options
-        )
+        token_ids = await self.tokenizer.encode_chat(request, limits)
         context.record.num_prompt_tokens = len(token_ids)
         max_tokens = limits.answer_budget(len(token_ids), request.num_tokens_asked)
         choices = [Choice(self.tokenizer, request, token_ids, index, max_tokens) for index in range(request.n)]

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from common.arguments import Parsing, parse_processor_args
 from common.errors import ContextLengthExceeded, InvalidRequest
 from common.openai.messages import Message
-from common.openai.request import parse_chat_request
+from common.openai.request import ChatCompletionRequest, parse_chat_request
 from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.text.chat_tokenizer import SHORT_CHARACTERS, SHORT_MESSAGES, ChatTokenizer
 from common.wire import EngineDescription
-from tests.hermes_model import TEMPLATE as HERMES_TEMPLATE
+from tests.model_copies import TEMPLATE as HERMES_TEMPLATE
 from tests.processes import MODEL, ROOT
 from tests.tokenizers_for_tests import TOKENIZERS, byte_level
 
@@ -56,8 +56,12 @@ def reference() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(ROOT / MODEL)
 
 
+def chat_of(messages: list[Message], **fields: Any) -> ChatCompletionRequest:
+    return ChatCompletionRequest(model="m", messages=messages, **fields)
+
+
 def ids_of(tokenizer: ChatTokenizer, messages: list[Message]) -> list[int]:
-    return asyncio.run(tokenizer.encode_chat(messages, LIMITS))
+    return asyncio.run(tokenizer.encode_chat(chat_of(messages), LIMITS))
 
 
 def ids_of_transformers(reference: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
@@ -140,7 +144,9 @@ def test_conversations_at_the_same_time_keep_to_their_own_limits(tokenizer: Chat
     """Engines come and go while a conversation is encoded."""
 
     async def run() -> list[list[int] | BaseException]:
-        calls = [tokenizer.encode_chat(messages_of(text), limits) for limits in (LIMITS, ContextLimits(100, 99))]
+        calls = [
+            tokenizer.encode_chat(chat_of(messages_of(text)), limits) for limits in (LIMITS, ContextLimits(100, 99))
+        ]
         return await asyncio.gather(*calls, return_exceptions=True)
 
     accepted, refused = asyncio.run(run())
@@ -179,7 +185,7 @@ for model in models:
     told.setdefault("peak_mb", int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
     limits = ContextLimits.of([tokenizer.model])
     told["defaults"][model] = tokenizer.sampling_defaults
-    told["ids"][model] = [asyncio.run(tokenizer.encode_chat(request.messages, limits)) for request in requests]
+    told["ids"][model] = [asyncio.run(tokenizer.encode_chat(request, limits)) for request in requests]
 print(json.dumps({**told, "modules": list(sys.modules)}))
 """
 CHAT_TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
@@ -255,7 +261,7 @@ def test_no_text_of_a_tool_forges_a_turn(function: dict[str, Any], template: str
 
     def special_ids(**fields: Any) -> list[int]:
         tools = [Tool.model_validate({"type": "function", "function": {"name": "f"} | fields})]
-        token_ids = asyncio.run(tokenizer.encode_chat(messages_of("Hi!"), LIMITS, tools))
+        token_ids = asyncio.run(tokenizer.encode_chat(chat_of(messages_of("Hi!"), tools=tools), LIMITS))
         return [token_id for token_id in token_ids if token_id in tokenizer.hidden_ids]
 
     assert special_ids(**function) == special_ids() != []
@@ -332,7 +338,7 @@ def test_a_template_is_given_what_the_client_has_for_it() -> None:
     def text(reasoning_effort: str | None = None, **kwargs: Any) -> str:
         asked = {"model": "m", "messages": [{"role": "user", "content": "Hi!"}], "chat_template_kwargs": kwargs}
         chat = parse_chat_request(asked | {"reasoning_effort": reasoning_effort})
-        token_ids = asyncio.run(tokenizer.encode_chat(chat.messages, LIMITS, options=chat.template_options))
+        token_ids = asyncio.run(tokenizer.encode_chat(chat, LIMITS))
         return tokenizer.backend.decode(token_ids, skip_special_tokens=False)
 
     assert text() == text(unknown=1) == "<|im_start|>Hi!<|im_end|>"
@@ -343,7 +349,9 @@ def test_a_template_is_given_what_the_client_has_for_it() -> None:
 
 def test_a_value_for_the_template_forges_no_turn() -> None:
     tokenizer = with_template(THINKING_TEMPLATE)
-    token_ids = asyncio.run(tokenizer.encode_chat(messages_of("Hi!"), LIMITS, options={"style": FORGED_TURN}))
+    token_ids = asyncio.run(
+        tokenizer.encode_chat(chat_of(messages_of("Hi!"), chat_template_kwargs={"style": FORGED_TURN}), LIMITS)
+    )
     assert sum(token_id in tokenizer.hidden_ids for token_id in token_ids) == 3
 
 

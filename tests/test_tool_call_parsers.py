@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from common.arguments import Parsing, parse_processor_args
 from common.openai.request import parse_chat_request
 from common.openai.tools import Tool
-from common.sglang.tool_call_parsers import SGLangToolCallReader, check_parser
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.choice import Choice
+from common.text.tool_call_parsers import SGLangToolCallReader, check_parser
 from common.wire import EngineChunk, EngineDescription, ProcessorChunk
 from tests.processes import MODEL, ROOT
 from tests.test_chat_template import OTHER_FORM, WEATHER

@@ -1,4 +1,4 @@
-"""What each instance of an endpoint says of itself, and so which of them are eligible for a request.
+"""What each instance of an endpoint says of itself, so which of them are eligible for a request, and who calls those.
 
 Each instance is asked `{"describe": true}` when it appears in etcd, until it has answered.
 """
@@ -13,11 +13,22 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from common.dynamo import releases
+from common.dynamo.failover import CallLimits, FailoverClient
 from common.dynamo.runtime import Client
 from common.errors import InvalidRequest, ModelNotFound
+from common.observability.metrics import Metrics
 from common.openai.request import ChatCompletionRequest
 from common.sampling import ContextLimits
-from common.wire import DESCRIBE, EngineDescription, ProcessorDescription, is_constrained
+from common.wire import (
+    DESCRIBE,
+    ENGINE_ANSWERS,
+    PROCESSOR_ANSWERS,
+    EngineChunk,
+    EngineDescription,
+    ProcessorChunk,
+    ProcessorDescription,
+    is_constrained,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +160,14 @@ class ModelDirectory:
         ]
 
 
+class ProcessorClient(FailoverClient[ProcessorChunk]):
+    """Calls processors that serve the model. An answer begins anew with another one, where its caller can do that."""
+
+    def __init__(self, client: Client, metrics: Metrics, limits: CallLimits) -> None:
+        self.directory = ModelDirectory(client)
+        super().__init__(client, self.directory, PROCESSOR_ANSWERS, metrics, limits)
+
+
 class EngineDirectory:
     """The engines. Eligible are those whose token ids mean what ours mean; one that cannot tell is accepted unchecked.
 
@@ -209,6 +228,17 @@ class EngineDirectory:
             instance_id, engine.model, self._ours.model,
         )  # fmt: skip
         return False
+
+
+class EngineClient(FailoverClient[EngineChunk]):
+    """Calls engines that take our token ids. An answer goes on with another engine where the first one broke.
+
+    ours: the caller's model, described as its engine would. wait_s: see `CallLimits`.
+    """
+
+    def __init__(self, client: Client, ours: EngineDescription, metrics: Metrics, wait_s: float) -> None:
+        self.directory = EngineDirectory(client, ours)
+        super().__init__(client, self.directory, ENGINE_ANSWERS, metrics, CallLimits(wait_s))
 
 
 def has_same_tokenizer(engine: EngineDescription, ours: EngineDescription) -> bool:

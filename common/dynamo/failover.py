@@ -16,23 +16,12 @@ import msgspec
 from common.dynamo import releases
 from common.dynamo.context import RequestContext as RequestContext
 from common.dynamo.context import child_context
-from common.dynamo.directories import EngineDirectory, ModelDirectory
 from common.dynamo.instances import CallBroke, Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
 from common.dynamo.network import too_large_for_nats
 from common.dynamo.runtime import Client
 from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, Unavailable
 from common.observability.metrics import Metrics
-from common.wire import (
-    ENGINE_ANSWERS,
-    PROCESSOR_ANSWERS,
-    AnswerProtocol,
-    C,
-    EngineChunk,
-    EngineDescription,
-    ProcessorChunk,
-    RouteTrace,
-    to_wire,
-)
+from common.wire import AnswerProtocol, C, RouteTrace, to_wire
 
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
@@ -272,22 +261,3 @@ class FailoverClient(Generic[C]):
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"The answer took longer than {self._limits.answer_s:g} seconds.")
-
-
-class EngineClient(FailoverClient[EngineChunk]):
-    """Calls engines that take our token ids. An answer goes on with another engine where the first one broke.
-
-    ours: the caller's model, described as its engine would. wait_s: see `CallLimits`.
-    """
-
-    def __init__(self, client: Client, ours: EngineDescription, metrics: Metrics, wait_s: float) -> None:
-        self.directory = EngineDirectory(client, ours)
-        super().__init__(client, self.directory, ENGINE_ANSWERS, metrics, CallLimits(wait_s))
-
-
-class ProcessorClient(FailoverClient[ProcessorChunk]):
-    """Calls processors that serve the model. An answer begins anew with another one, where its caller can do that."""
-
-    def __init__(self, client: Client, metrics: Metrics, limits: CallLimits) -> None:
-        self.directory = ModelDirectory(client)
-        super().__init__(client, self.directory, PROCESSOR_ANSWERS, metrics, limits)

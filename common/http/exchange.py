@@ -24,9 +24,9 @@ from common.errors import (
     RequestTooLarge,
     UnsupportedMediaType,
 )
+from common.http.answer import sse
 from common.observability.request_records import RequestRecord
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.openai.responses import sse
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ async def _with_error(
                 yield event
     except Exception as error:
         if not isinstance(error, PipelineError):
-            logger.exception("a stream broke")
+            logger.exception("streaming an answer failed")
             error = InternalError()
         record.outcome = error.outcome
         yield sse(error.to_wire())

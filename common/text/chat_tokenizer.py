@@ -19,13 +19,13 @@ from common.openai.messages import Message
 from common.openai.request import ChatCompletionRequest
 from common.openai.tools import Tool
 from common.sampling import ContextLimits
-from common.sglang.tool_call_parsers import check_parser
 from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes
 from common.text.grammar_check import check_grammar
 from common.text.reasoning import ReasoningForm
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tokenizer_identity import tokenizer_sha256
+from common.text.tool_call_parsers import check_parser
 from common.wire import EngineDescription
 
 if TYPE_CHECKING:
@@ -144,33 +144,23 @@ class ChatTokenizer:
                 param="tools",
             )
 
-    async def encode_chat(
-        self,
-        messages: list[Message],
-        limits: ContextLimits,
-        tools: Sequence[Tool] = (),
-        options: dict[str, Any] | None = None,
-    ) -> list[int]:
+    async def encode_chat(self, request: ChatCompletionRequest, limits: ContextLimits) -> list[int]:
         """The prompt's token ids, ending where the assistant's answer begins.
-
-        tools: those that the model may call. options: what the template is given beside, chosen by the client.
 
         Raises:
             InvalidRequest: the template does not take these messages. ContextLengthExceeded: too many tokens.
         """
-        options = options or {}
-        if _is_short(messages, tools):
-            token_ids = self._encode(messages, limits, tools, options)
+        if _is_short(request):
+            token_ids = self._encode(request, limits)
         else:
             loop = asyncio.get_running_loop()
-            token_ids = await loop.run_in_executor(self._thread, self._encode, messages, limits, tools, options)
+            token_ids = await loop.run_in_executor(self._thread, self._encode, request, limits)
         limits.check_prompt(len(token_ids))
         return token_ids
 
-    def _encode(
-        self, messages: list[Message], limits: ContextLimits, tools: Sequence[Tool], options: dict[str, Any]
-    ) -> list[int]:
-        conversation, offered = self.template.conversation(messages, tools), template_tools(tools)
+    def _encode(self, request: ChatCompletionRequest, limits: ContextLimits) -> list[int]:
+        tools, options = request.usable_tools, request.template_options
+        conversation, offered = self.template.conversation(request.messages, tools), template_tools(tools)
         prompt = self.template.render(conversation, offered, options)
         if len(prompt) > limits.max_input_tokens * self._longest_token:  # not worth a tokenizer's time
             raise limits.exceeded(
@@ -201,9 +191,9 @@ class ChatTokenizer:
         return marked_prompt
 
 
-def _is_short(messages: list[Message], tools: Sequence[Tool]) -> bool:
+def _is_short(request: ChatCompletionRequest) -> bool:
     """Whether all the text that a template may render is short, such as the arguments of tools."""
-    texts: list[Message | Tool] = [*messages, *tools]
+    texts: list[Message | Tool] = [*request.messages, *request.usable_tools]
     return (
         len(texts) <= SHORT_MESSAGES
         and sum(len(text.model_dump_json(exclude_none=True)) for text in texts) <= SHORT_CHARACTERS

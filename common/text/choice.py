@@ -10,11 +10,11 @@ from typing import TypeVar
 from common.errors import BadUpstream
 from common.openai.request import ChatCompletionRequest
 from common.sampling import engine_request
-from common.sglang.tool_call_parsers import SGLangToolCallReader
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.detokenizer import TokenBytes, detokenize
 from common.text.generated_text import GeneratedText
 from common.text.reasoning import ReasoningReader
+from common.text.tool_call_parsers import SGLangToolCallReader
 from common.text.tool_calls import PlainTextReader, TextReader, forced_calls_reader, hermes_reader
 from common.wire import (
     CompletionTokensDetails,
