@@ -175,5 +175,5 @@ def test_an_engine_without_grammars_takes_no_schema(engine: SGLangEngine) -> Non
     async def run() -> None:
         await anext(request(engine, stream=True, json_schema="{}"))
 
-    with pytest.raises(InvalidRequest, match="has no grammars"):
+    with pytest.raises(InvalidRequest, match="does not support grammars"):
         asyncio.run(run())

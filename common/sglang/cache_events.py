@@ -1,4 +1,4 @@
-"""What SGLang tells of its cache, page by page (`engine.py --kv-events`), kept for the routers that ask."""
+"""The events of SGLang's cache, page by page (`engine.py --kv-events`), kept for the routers that ask."""
 
 import asyncio
 import json
@@ -59,7 +59,7 @@ class CacheEvents:
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         socket.connect(self._endpoint)
         if not await monitor.poll(_CONNECT_TIMEOUT_S * 1000):
-            raise TimeoutError(f"SGLang does not tell of its cache at {self._endpoint}")
+            raise TimeoutError(f"SGLang does not publish the events of its cache at {self._endpoint}")
         socket.disable_monitor()
         folder = Path(self._endpoint.removeprefix("ipc://")).parent
         if folder.name.startswith(_FOLDER):  # one of ours
@@ -73,7 +73,7 @@ class CacheEvents:
                 try:
                     await self._hear(int.from_bytes(number), payload)
                 except Exception:
-                    logger.exception("what SGLang tells of its cache was not understood; all is forgotten")
+                    logger.exception("cannot read an event of SGLang's cache; all that was cached is forgotten")
                     self.cached.forget()
 
     async def _hear(self, number: int, payload: bytes) -> None:

@@ -82,12 +82,12 @@ class SGLangEngine:
 
         Raises:
             InvalidRequest: SGLang does not take these parameters, or so many tokens. Busy: its queue is full.
-            Aborted: SGLang gave the request up.
+            Aborted: SGLang aborted the request.
         """
         if request.sampling_options.seed is not None and not self.description.is_seed_supported:
-            raise InvalidRequest("This engine cannot hold to a seed.", param="seed")
+            raise InvalidRequest("This engine does not support seeds.", param="seed")
         if request.sampling_options.json_schema is not None and not self.description.can_constrain:
-            raise InvalidRequest("This engine has no grammars.", param=SCHEMA_PARAM)
+            raise InvalidRequest("This engine does not support grammars.", param=SCHEMA_PARAM)
         rid = uuid.uuid4().hex  # unique, and never the prefix of another one
         loop, is_complete = asyncio.get_running_loop(), False
         try:
@@ -192,8 +192,8 @@ def _error_of(status: int | None, message: str) -> PipelineError:
     if status == HTTPStatus.BAD_REQUEST:
         return InvalidRequest(f"The engine does not take this request: {message}.")
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        return Busy(f"The engine takes no more requests just now: {message}.")
-    return Aborted(f"The engine gave the request up: {message}.")
+        return Busy(f"The engine's queue is full: {message}.")
+    return Aborted(f"The engine aborted the request: {message}.")
 
 
 def _max_input_tokens(tokenizer_manager: Any) -> int:
