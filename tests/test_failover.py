@@ -5,7 +5,7 @@ The races among them are those that real processes lose too rarely to be tested 
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, cast
 
 import pytest
@@ -250,7 +250,9 @@ def ask(engines: Answering, num_requests: int = 1) -> list[list[int]]:
 def chunks_of(answer: list[Item]) -> list[list[int]]:
     async def run() -> list[list[int]]:
         client: FailoverClient[EngineChunk] = failover_client(Answering({1: [answer]}), ENGINE_ANSWERS)
-        stream = await client.generate({"token_ids": [7]}, context=request_context())
+        context = request_context()
+        context.record.is_streamed = True
+        stream = await client.generate({"token_ids": [7]}, context=context)
         return [chunk.data().token_ids async for chunk in stream]
 
     return asyncio.run(run())
@@ -263,6 +265,25 @@ def test_lone_tokens_come_several_at_once_where_many_streams_share_the_time(monk
     lone = [{"token_ids": [number]} for number in range(4)]
     assert chunks_of([*lone, {"finish_reason": "stop"}]) == [[0], [1, 2, 3]]
     assert chunks_of([*lone, {"token_ids": [4, 5]}, *ANSWER]) == [[0], [1, 2, 3, 4, 5], [1]]
+
+
+def test_a_lone_token_waits_no_longer_than_its_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.dynamo.failover.CHUNKS_PER_SECOND", 1)
+
+    class Stalling(Answering):
+        async def _stream(self, answer: list[Item]) -> AsyncGenerator[Item, None]:
+            for data in FIRST_TOKEN * 3:
+                yield data
+            await asyncio.Event().wait()
+
+    async def run() -> list[list[int]]:
+        client: FailoverClient[EngineChunk] = failover_client(Stalling({1: [[]]}), ENGINE_ANSWERS)
+        context = request_context()
+        context.record.is_streamed = True
+        async with aclosing(await client.generate({"token_ids": [7]}, context=context)) as stream:
+            return [(await anext(stream)).data().token_ids for _ in range(2)]
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == [[0], [0, 0]]
 
 
 def test_tokens_that_wait_are_not_lost_when_the_engine_breaks(

@@ -210,15 +210,17 @@ class FailoverClient(Generic[C]):
                 if held is not None:
                     held.add(chunk)
                 held = held or chunk
-                if not chunk.may_wait or not await call.comes_within(self._gap_s):
-                    yield held
-                    held = None
-            await call.read_to_the_end()
+                if chunk.may_wait and await self._waits_for_more(call, is_streamed=context.record.is_streamed):
+                    continue
+                call.pass_on()
+                yield held
+                held = None
 
-    @property
-    def _gap_s(self) -> float:
-        """How long a token may wait for the next one: all calls share a budget of chunks, as in `stream_pace`."""
-        return min(MAX_GAP_S, self._instances.num_calls / CHUNKS_PER_SECOND)
+    async def _waits_for_more(self, call: InstanceCall, *, is_streamed: bool) -> bool:
+        """Whether a token waits for the next one. All streams share a budget of chunks, as in `stream_pace`."""
+        if not is_streamed:  # nobody minds when it comes
+            return call.is_passed_on_within(MAX_GAP_S)
+        return await call.comes_within(min(MAX_GAP_S, self._instances.num_calls / CHUNKS_PER_SECOND))
 
     def _read(self, data: Any) -> C:
         try:

@@ -8,8 +8,8 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 from common.dynamo import releases
 from common.dynamo.context import RequestContext
@@ -26,7 +26,8 @@ _LOOK_S = 1.0
 # lease meanwhile; one that hangs or has vanished does not.
 SILENCE_S = DRAIN_TIMEOUT_S + 5.0
 SILENCE_WITHOUT_LEASE_S = 5.0
-_CLOSING_TIMEOUT_S = 1.0
+
+T = TypeVar("T")
 
 
 class Directory(Protocol):
@@ -50,7 +51,7 @@ class CallBroke(Exception):
 
 
 class InstanceCall:
-    """A stream that is being read, always one dict ahead.
+    """A stream that is being read.
 
     is_delivered: whether the instance has accepted the request; a non-streaming answer is then silent until its end.
     heard_at: when its last dict came, on the event loop's clock; None before the first. generation: of our connection.
@@ -62,8 +63,10 @@ class InstanceCall:
         self.heard_at: float | None = None
         self._context = context
         self._stream: AsyncIterator[Any]
-        self._next: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._next: asyncio.Future[Any] | None = None
         self._passed_on_at = -math.inf
+        self._due: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
 
     async def open(self, opening: Awaitable[AsyncIterator[Any]]) -> None:
@@ -72,11 +75,9 @@ class InstanceCall:
         Raises:
             CallBroke. InstanceFailed, or what `end` was given: the call was given up.
         """
-        self._next = asyncio.ensure_future(opening)
-        self._stream = await self._waited_for()
+        self._stream = await self._result_of(asyncio.ensure_future(opening))
         self.is_delivered = True
         releases.repeat_early_stop(self._context)
-        self._next = asyncio.ensure_future(anext(self._stream))
 
     async def next(self) -> Any:
         """The next dict.
@@ -84,33 +85,56 @@ class InstanceCall:
         Raises:
             InstanceFailed: there is none. And what `open` raises.
         """
-        data = await self._waited_for()
+        data = await self._result_of(self._looking_ahead())
         self.heard_at = asyncio.get_running_loop().time()
-        self._next = asyncio.ensure_future(anext(self._stream))
         return data
 
+    def _looking_ahead(self) -> asyncio.Future[Any]:
+        if self._next is None:
+            self._next = asyncio.ensure_future(anext(self._stream))
+        return self._next
+
     async def comes_within(self, gap_s: float) -> bool:
-        """Whether there is another dict less than `gap_s` after the last time that there was none; it is waited for."""
+        """Whether another dict comes less than `gap_s` after something was passed on; it is waited for.
+
+        As `asyncio.wait` would tell, for a third of its time: one timer does for all dicts of such a gap.
+        """
         loop = asyncio.get_running_loop()
-        if (rest_s := self._passed_on_at + gap_s - loop.time()) > 0:
-            await asyncio.wait((self._next,), timeout=rest_s)
-            if self._next.done() and not self._next.cancelled() and self._next.exception() is None:
-                return True
-        self._passed_on_at = loop.time()
-        return False
+        if (due_at := self._passed_on_at + gap_s) <= loop.time():
+            return False
+        self._due = self._due or loop.call_at(due_at, self._on_due)
+        self._waiter, coming = loop.create_future(), self._looking_ahead()
+        coming.add_done_callback(self._wake)
+        await self._waiter
+        return coming.done() and not coming.cancelled() and coming.exception() is None
 
-    async def read_to_the_end(self) -> None:
-        """Let a complete stream close by itself: breaking it off would look like a cancellation to the worker."""
-        with suppress(TimeoutError, InstanceFailed, CallBroke):
-            async with asyncio.timeout(_CLOSING_TIMEOUT_S):
-                while True:
-                    await self.next()
+    def _wake(self, _coming: object = None) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    async def _waited_for(self) -> Any:
+    def _on_due(self) -> None:
+        self._due = None
+        self._wake()
+
+    def is_passed_on_within(self, seconds: float) -> bool:
+        return asyncio.get_running_loop().time() < self._passed_on_at + seconds
+
+    def pass_on(self) -> None:
+        """Note that what came so far is passed on."""
+        self._passed_on_at = asyncio.get_running_loop().time()
+        self._stop_timer()
+
+    def _stop_timer(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    async def _result_of(self, future: asyncio.Future[T]) -> T:
+        self._next = future
         if self._failure is not None:  # while nobody was waiting
-            self._next.cancel()
+            future.cancel()
         try:
-            result = await self._next
+            result = await future
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._failure is None or (task is not None and task.cancelling()):  # it is we who are cancelled
@@ -122,6 +146,7 @@ class InstanceCall:
             raise CallBroke from error
         if self._failure is not None:  # a first dict that was on its way; the others will not come
             raise self._failure
+        self._next = None
         return result
 
     def give_up(self, reason: str) -> None:
@@ -134,8 +159,9 @@ class InstanceCall:
         self.drop()
 
     def drop(self) -> None:
-        """Read no further."""
-        if not self._next.cancel() and not self._next.cancelled():
+        """Read no further. What comes after a complete answer, its end, is read by Dynamo alone."""
+        self._stop_timer()
+        if self._next is not None and not self._next.cancel() and not self._next.cancelled():
             self._next.exception()  # seen by nobody else
 
 

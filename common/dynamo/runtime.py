@@ -204,11 +204,13 @@ def _tune_interpreter() -> None:
     """Settings for a process whose event loop shares the interpreter with the runtime's threads.
 
     A thread that wants the interpreter lock waits 5 ms by default before it insists, which every item of a stream
-    may have to do. What was loaded by now stays: the collector need not look at it again and again.
+    may have to do. What was loaded by now stays: the collector need not look at it again and again. Nor need it look so
+    often: a request makes more objects than the default of 700, and leaves few that it has to find.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)
 
 
 def _skip_finalization_at_exit() -> None:

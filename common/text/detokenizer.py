@@ -66,7 +66,7 @@ class TokenBytes:
         types = decoder_types(tokenizer)
         self._is_byte_level = "ByteLevel" in types
         self._has_byte_fallback = "ByteFallback" in types
-        self._known: dict[int, bytes] = {}
+        self.known: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token inside a text; b"" for an id outside the vocabulary.
@@ -74,13 +74,13 @@ class TokenBytes:
         Added and special tokens give their literal content. One written in the byte-level alphabet alone
         ("é") is read as bytes all the same, because the decoder does so.
         """
-        known = self._known.get(token_id)
+        known = self.known.get(token_id)
         if known is not None:
             return known
         token = self._token(token_id)
         if token is None:  # not kept: there is no end of such ids
             return b""
-        self._known[token_id] = found = self._bytes_of_token(token_id, token)
+        self.known[token_id] = found = self._bytes_of_token(token_id, token)
         return found
 
     def _bytes_of_token(self, token_id: int, token: str) -> bytes:
@@ -146,7 +146,8 @@ class IncrementalDetokenizer:
         token_ids: new ids only, length >= 0; ids outside the vocabulary add nothing.
         """
         shown_ids = [token_id for token_id in token_ids if token_id not in self._skipped_ids]
-        pieces = [self._token_bytes.bytes_of(token_id) for token_id in shown_ids]
+        known, bytes_of = self._token_bytes.known, self._token_bytes.bytes_of
+        pieces = [known[each] if each in known else bytes_of(each) for each in shown_ids]  # mostly without a call
         if self._is_at_start:
             self._strip_leading_space(shown_ids, pieces)
         return self._utf8.decode(b"".join(pieces))
