@@ -22,7 +22,7 @@ from launch import control, first_question, logs, model, program, supervisor
 from launch.command import LaunchError
 from launch.model import MANIFEST_FILE
 from launch.program import Program
-from launch.run import component_programs, wait_until_logged
+from launch.run import component_programs, show_what_next, wait_until_logged
 from launch.settings import Settings
 from launch.supervisor import Supervisor
 from tests.processes import ROOT, Infra, accepts, free_port, running
@@ -125,6 +125,15 @@ def test_without_one_there_is_one_engine_and_it_tells_nothing() -> None:
     engine, *_ = component_programs(Settings.from_environ({}))
     assert engine.name == "engine"
     assert "--kv-events" not in engine.command
+
+
+@pytest.mark.parametrize(("num_cpus", "num_hints"), [(2, 0), (64, 1)])
+def test_a_machine_with_many_cpus_is_told_what_would_use_them(
+    num_cpus: int, num_hints: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cpus)
+    show_what_next(Settings.from_environ({}))
+    assert capsys.readouterr().out.count(f"{num_cpus} CPUs; docs/deployment.md") == num_hints
 
 
 def test_a_taken_port_names_itself_its_program_its_holder_and_the_way_out() -> None:
