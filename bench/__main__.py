@@ -2,30 +2,30 @@
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
+
+from bench.client import Load
 from bench.hops import measure_hops
 from bench.measures import Measures
-from bench.peers import PEERS, Peer, Setting, add_variant
-from bench.plan import Case, Measuring
-from bench.processes import ROOT
-from bench.report import write_report
+from bench.peers import PEERS, Peer, Setting
+from bench.processes import ROOT, frozen
+from bench.report import row, write_report
 from bench.routing import measure_routing
-from bench.scaling import measure_scaling
+from bench.serving import BenchServing
 
 MODEL = "models/SmolLM2-135M-Instruct"
 LANES = (
     "cpu: the pipeline alone, on a fake engine; gpu: with SGLang; growth: cost against tokens, prompt, concurrency "
-    "and number of requests; client: what the load client itself can do; hops: where the time to a first token goes "
-    "(on a fake engine, or with --gpu on SGLang); scaling: one, two and four engines, one and two processors; "
-    "routing: the router's policies (on fake engines, or with --gpu on two SGLangs)"
+    "and number of requests; client: what a load client itself can do; hops: where the time to a first token goes "
+    "(on a fake engine, or with --gpu on SGLang); routing: the router's policies (on fake engines, or on two SGLangs)"
 )
 PEERS_OF_LANE = {
     "cpu": ("mocker", "chapter", "ours"),
@@ -33,14 +33,10 @@ PEERS_OF_LANE = {
     "growth": ("ours",),
     "client": ("instant",),
 }
+CONCURRENCY_OF_LANE = {"gpu": (256, 32, 1), "cpu": (256, 128, 64, 32, 8, 1), "client": (256, 64, 1)}
+REQUESTS_PER_USER = {1: 12, 8: 8, 32: 6, 64: 6, 128: 5, 256: 4}
 # Ten times the concurrency, the prompt, the answer; and 10,000 requests, for the memory.
-GROWTH = [
-    Case(concurrency, is_stream, requests_per_user, max_tokens, num_prompt_words)
-    for is_stream in (False, True)
-    for concurrency, requests_per_user, max_tokens, num_prompt_words in (
-        (12, 40, 128, 64), (120, 6, 128, 64), (12, 40, 128, 640), (12, 15, 1280, 64), (64, 157, 128, 64),
-    )
-]  # fmt: skip
+GROWTH = ((12, 40, 128, 64), (120, 6, 128, 64), (12, 40, 128, 640), (12, 15, 1280, 64), (64, 157, 128, 64))
 CPU_ENGINE_ARGS = ("--device", "cpu", "--disable-overlap-schedule", "--grammar-backend", "llguidance")
 # The engine flags that a GPU lane needs to fit several SGLangs on one GPU, each with more cache than it can use.
 _GPU_ENGINE_ARGS = (
@@ -48,43 +44,34 @@ _GPU_ENGINE_ARGS = (
     "--cuda-graph-max-bs-decode 256 --watchdog-timeout 3600"
 )
 GPU_ENGINE_ARGS = _GPU_ENGINE_ARGS.split()
+_PROMPTS_PER_LOAD = 1_000_000
+_ENOUGH_CPUS = 12
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
+def loads(args: argparse.Namespace) -> list[Load]:
     """The most loaded first: if time runs out, those are measured."""
-    if args.lane == "growth":
-        return GROWTH
-    default = {"gpu": (256, 32, 1), "cpu": (256, 128, 64, 32, 8, 1), "client": (256, 64, 1)}[args.lane]
-    times = {1: 12, 8: 8, 32: 6, 64: 6, 128: 5, 256: 4}
-    closed = [
-        Case(concurrency, is_stream, times.get(concurrency, 4), args.max_tokens)
-        for concurrency in args.concurrency or ((64,) if args.quick else default)
-        for is_stream in (False, True)
-    ]
-    return closed + [
-        Case(16, is_stream, 1, args.max_tokens, rate_per_s=rate)
-        for rate in args.rate or ()
+    concurrency = args.concurrency or ((64,) if args.quick else CONCURRENCY_OF_LANE.get(args.lane, ()))
+    sizes = [(users, REQUESTS_PER_USER.get(users, 4), args.max_tokens, 64) for users in concurrency]
+    sizes = list(GROWTH) if args.lane == "growth" else sizes
+    return [
+        Load(users, times, is_stream, max_tokens, num_words)
+        for users, times, max_tokens, num_words in sizes
         for is_stream in (False, True)
     ]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops", "scaling", "routing"], help=LANES)
+    parser.add_argument("lane", choices=[*PEERS_OF_LANE, "hops", "routing"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpu", action="store_true", help="hops, routing: with SGLang on a GPU")
     parser.add_argument("--quick", action="store_true", help="concurrency 64 only, one round")
-    parser.add_argument("--rate", type=float, nargs="+", metavar="R", help="open loop too, at R requests/s (Poisson)")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--engine-args", default=None, help="SGLang's flags, instead of the lane's own")
-    parser.add_argument("--clients", type=int, default=None, metavar="N", help="processes of the load client")
-    parser.add_argument(
-        "--variant", action="append", default=[], metavar="'NAME: VARIABLE=VALUE ... --engine-flag ...'",
-        help="measure three processors and two frontends of ours with these, too; may be repeated",
-    )  # fmt: skip
+    parser.add_argument("--client", choices=["own", "bench_serving"], default="own", help="default: %(default)s")
     parser.add_argument("--start-timeout", type=float, default=300.0, metavar="S", help="for all peers together")
     parser.add_argument("--budget", type=float, default=3600.0, metavar="S", help="start nothing new after S seconds")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out", help="where results and logs go")
@@ -92,7 +79,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def start_all(peers: Sequence[Peer], timeout_s: float) -> list[Peer]:
-    """Start all at once; those that are ready in time."""
+    """Start all at once; those that are ready in time.
+
+    Where there are CPUs enough, SGLang's schedulers share one, the last, and take turns: on rented machines one CPU may
+    be a third faster than another, for as long as a run lasts.
+    """
     began = time.monotonic()
 
     def is_up(peer: Peer) -> bool:
@@ -105,7 +96,31 @@ def start_all(peers: Sequence[Peer], timeout_s: float) -> list[Peer]:
         return True
 
     with ThreadPoolExecutor(len(peers)) as threads:
-        return [peer for peer, up in zip(peers, threads.map(is_up, peers), strict=True) if up]
+        up = [peer for peer, is_ready in zip(peers, threads.map(is_up, peers), strict=True) if is_ready]
+    if (num_cpus := psutil.cpu_count() or 1) >= _ENOUGH_CPUS:
+        for scheduler in (process for peer in up for process in peer.schedulers()):
+            scheduler.cpu_affinity([num_cpus - 1])  # its main thread, which never sleeps
+    return up
+
+
+def measure_all(peers: Sequence[Peer], loads: Sequence[Load], num_rounds: int, until: float) -> Iterator[Measures]:
+    """Peers in turn, so that each round sees all of them under the same conditions. Only one peer's SGLang runs at a
+    time. until: a time of `time.monotonic` after which nothing new is started."""
+    in_turn = [(load, peer) for _ in range(num_rounds) for load in loads for peer in peers]
+    for number, (load, peer) in enumerate(in_turn, 1):
+        if time.monotonic() < until:
+            with frozen([process for other in peers if other is not peer for process in other.schedulers()]):
+                yield measure(peer, replace(load, first_prompt=2 * number * _PROMPTS_PER_LOAD))
+
+
+def measure(peer: Peer, load: Load) -> Measures:
+    peer.take(replace(load, requests_per_user=1, first_prompt=load.first_prompt + _PROMPTS_PER_LOAD))  # warms it up
+    before = [child.usage() for child in peer.children]
+    measured = peer.take(load)
+    for child, (cpu_s_before, _) in zip(peer.children, before, strict=True):
+        cpu_s, measured.rss_mib[child.name] = child.usage()
+        measured.cpu_ms_per_request[child.name] = (cpu_s - cpu_s_before) * 1000 / load.num_requests
+    return measured
 
 
 def main() -> None:
@@ -113,72 +128,40 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + args.budget
     is_gpu = args.lane == "gpu" or args.gpu
-    engine_args = (
-        args.engine_args.split() if args.engine_args is not None else GPU_ENGINE_ARGS if is_gpu else CPU_ENGINE_ARGS
-    )
+    engine_args = GPU_ENGINE_ARGS if is_gpu else CPU_ENGINE_ARGS
+    folder = Path(tempfile.mkdtemp(prefix="logs-", dir=args.out))
+    is_serving = args.client == "bench_serving"
     setting = Setting(
         model=args.model,
-        folder=Path(tempfile.mkdtemp(prefix="logs-", dir=args.out)),
-        engine_args=engine_args,
+        folder=folder,
+        engine_args=engine_args if args.engine_args is None else args.engine_args.split(),
         is_engine_fake=not is_gpu,
-        num_client_processes=args.clients or (4 if is_gpu else 1),
+        bench_serving=BenchServing(folder) if is_serving else None,
     )
-    if args.lane == "hops":
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            table = measure_hops(setting, executor, num_requests=100, timeout_s=args.start_timeout)
-        (args.out / "hops.md").write_text(table)
+    if args.lane in ("hops", "routing"):
+        if args.lane == "hops":
+            table = measure_hops(setting, num_requests=100, timeout_s=args.start_timeout)
+        else:
+            table = measure_routing(setting, num_rounds=args.rounds, timeout_s=args.start_timeout)
+        (args.out / f"{args.lane}.md").write_text(table)
         print(table)
         return
-    if args.lane == "scaling":
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-            table = measure_scaling(setting, executor, num_rounds=args.rounds, timeout_s=args.start_timeout)
-        (args.out / "scaling.md").write_text(table)
-        print(table)
-        return
-    if args.lane == "routing":
-        table = measure_routing(setting, num_rounds=args.rounds, timeout_s=args.start_timeout)
-        (args.out / "routing.md").write_text(table)
-        print(table)
-        return
-    names = [*(args.peers or PEERS_OF_LANE[args.lane]), *map(add_variant, args.variant)]
     done: list[Measures] = []
-
-    def report(measured: Measures) -> None:
-        done.append(measured)
-        print(one_line(measured), flush=True)
-        (args.out / f"{args.lane}.json").write_text(json.dumps([asdict(each) for each in done], indent=1))
-
     peers: list[Peer] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(setting.num_client_processes, mp_context=context) as executor:
-        try:
-            peers = start_all([PEERS[name](setting) for name in names], args.start_timeout)
-            Measuring(peers, executor, report).run(
-                cases(args), num_rounds=1 if args.quick else args.rounds, until=until
-            )
-        finally:
-            for peer in peers:
-                with suppress(Exception):
-                    peer.stop()
+    try:
+        names = args.peers or PEERS_OF_LANE[args.lane]
+        peers = start_all([PEERS[name](setting) for name in names], args.start_timeout)
+        for measured in measure_all(peers, loads(args), 1 if args.quick else args.rounds, until):
+            done.append(measured)
+            print(" | ".join(filter(None, row(measured))), flush=True)
+            (args.out / f"{args.lane}.json").write_text(json.dumps([asdict(each) for each in done], indent=1))
+    finally:
+        for peer in peers:
+            with suppress(Exception):
+                peer.stop()
+        if setting.bench_serving is not None:
+            setting.bench_serving.close()
     write_report(done, args.out, args.lane)
-
-
-def one_line(measured: Measures) -> str:
-    """For who is watching."""
-    cpu = " ".join(f"{name}={spent:.2f}" for name, spent in measured.cpu_ms_per_request.items() if spent >= 0.005)
-    load = f"{measured.rate_per_s:.0f}/s" if measured.rate_per_s else f"c={measured.concurrency}"
-    stream = ""
-    if measured.is_stream:
-        stream = (
-            f" ttft {measured.ttft_p50:.1f}/{measured.ttft_p99:.1f} gap {measured.gap_p50:.1f}/{measured.gap_p99:.1f} "
-            f"longest {measured.longest_gap_p99:.1f}, {measured.tokens_per_event:.1f} tokens/event"
-        )
-    errors = f" {measured.num_errors} ERRORS: {measured.first_error}" if measured.num_errors else ""
-    return (
-        f"{measured.peer:8} {load} {'stream' if measured.is_stream else 'whole '} {measured.tokens_per_s:7.0f} tok/s "
-        f"{measured.requests_per_s:6.1f} req/s latency {measured.latency_p50:.1f}/{measured.latency_p99:.1f} ms"
-        f"{stream}; CPU ms/request: {cpu} client={measured.client_cpu_ms_per_request:.2f}{errors}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The fastest that anything around SGLang could be: `sglang.Engine`, called from the process it lives in.
 
-`python -m bench.engine_alone MODEL [SGLang's flags]` reads one load a line and writes one outcome a line, as JSON.
-The prompts are those of the other peers, tokenized before the clock starts.
+It takes SGLang's flags, reads one load a line and writes one outcome a line, as JSON. The prompts are those of the
+other peers, tokenized before the clock starts.
 """
 
 import argparse
@@ -16,39 +16,32 @@ from typing import Any
 
 import uvloop
 
-from bench.http_client import Reply
-from bench.load import Load
-from bench.prompts import prompt
+from bench.client import Load, Outcome, Reply
 
 
 async def _ask(engine: Any, token_ids: list[int], load: Load) -> Reply:
     reply = Reply(sent_at=time.perf_counter())
-    call = {
-        "input_ids": token_ids,
-        "sampling_params": {"max_new_tokens": load.max_tokens, "ignore_eos": True},
-        "rid": uuid.uuid4().hex,
-        "stream": load.is_stream,
-    }
-    response = await engine.async_generate(**call)
-    last = response
+    params = {"max_new_tokens": load.max_tokens, "ignore_eos": True}
+    item = response = await engine.async_generate(
+        input_ids=token_ids, sampling_params=params, rid=uuid.uuid4().hex, stream=load.is_stream
+    )
     if load.is_stream:
-        async for item in response:
-            last = item
+        async for each in response:
+            item = each
             reply.arrivals.append(time.perf_counter())
-        reply.first_content_at, reply.num_events = reply.arrivals[0], len(reply.arrivals)
-    reply.num_tokens = last["meta_info"]["completion_tokens"]
+        reply.first_content_at = reply.arrivals[0]
+    reply.num_tokens = item["meta_info"]["completion_tokens"]
     reply.finished_at = time.perf_counter()
     return reply
 
 
-async def _answer(engine: Any, load: Load, prompts: list[list[int]]) -> dict[str, Any]:
+async def _answer(engine: Any, load: Load, prompts: list[list[int]]) -> Outcome:
     async def user(index: int) -> list[Reply]:
         return [await _ask(engine, token_ids, load) for token_ids in prompts[index :: load.num_users]]
 
     started_at = time.perf_counter()
     answered = await asyncio.gather(*(user(index) for index in range(load.num_users)))
-    replies = [asdict(reply) for of_user in answered for reply in of_user]
-    return {"started_at": started_at, "replies": replies}
+    return Outcome([reply for replies in answered for reply in replies], started_at)
 
 
 async def _serve(engine: Any, tokenizer: Any, answers: int) -> None:
@@ -57,17 +50,12 @@ async def _serve(engine: Any, tokenizer: Any, answers: int) -> None:
         while data:
             data = data[os.write(answers, data) :]
 
-    def tokenized(index: int, num_words: int) -> list[int]:
-        messages = [{"role": "user", "content": prompt(index, num_words)}]
-        token_ids: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return token_ids
-
     write("ready")
     while line := await asyncio.to_thread(sys.stdin.readline):
         load = Load(**json.loads(line))
-        indices = range(load.first_prompt, load.first_prompt + load.num_requests)
-        prompts = [tokenized(index, load.num_prompt_words) for index in indices]
-        write(json.dumps(await _answer(engine, load, prompts)))
+        chats = [[{"role": "user", "content": text}] for text in load.prompts]
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+        write(json.dumps(asdict(await _answer(engine, load, prompts))))
 
 
 def main() -> None:
@@ -79,12 +67,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    arguments = ["--model-path", sys.argv[1], "--skip-tokenizer-init", "--log-level", "warning", *sys.argv[2:]]
-    server_args = ServerArgs.from_cli_args(parser.parse_args(arguments))
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-    engine = Engine(server_args=server_args)
+    args = parser.parse_args(["--skip-tokenizer-init", "--log-level", "warning", *sys.argv[1:]])
+    engine = Engine(server_args=ServerArgs.from_cli_args(args))
     try:
-        uvloop.run(_serve(engine, tokenizer, answers))
+        uvloop.run(_serve(engine, AutoTokenizer.from_pretrained(args.model_path), answers))
     finally:
         engine.shutdown()
 

@@ -1,55 +1,63 @@
-"""Every millisecond between a client and SGLang: one streamed request at a time on one connection."""
+"""Every millisecond between a client and SGLang: one streamed request at a time on one connection.
 
-import json
+`python -m bench.hops FILE SCRIPT [ARGUMENTS]` runs a script and notes when a request passes certain points of it. With
+one request at a time no note needs to say whose it is: FILE gets lines of `time point` (seconds of `perf_counter`,
+which all processes of a machine share) when the script ends.
+"""
+
+import atexit
+import importlib
+import inspect
+import runpy
 import statistics
-from collections.abc import Sequence
-from concurrent.futures import Executor
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from bench.http_client import Reply
-from bench.load import Load, run_load
+from bench.client import Load, Reply, run_load
 from bench.peers import Ours, Setting
 
-# In the order in which a request passes them, until its first event.
+# In the order in which a request passes them, until its first event: what is called, and whether that is the point, or
+# its return.
+_WATCHED = {
+    "frontend": (
+        ("frontend has the headers", "common.http.middleware", "RequestId.__call__", True),
+        ("frontend has checked the request", "common.http.exchange", "parse_chat_request", False),
+        ("frontend calls a processor", "common.dynamo.runtime", "Client.direct", True),
+        ("frontend has text", "common.openai.responses", "AnswerStream.check", True),
+        ("frontend has an event", "common.openai.responses", "AnswerStream.events", False),
+    ),
+    "processor": (
+        ("processor has the request", "common.observability.request_records", "RequestRecord.asks", True),
+        ("processor has token ids", "common.text.chat_tokenizer", "ChatTokenizer.encode_chat", False),
+        ("processor calls an engine", "common.dynamo.runtime", "Client.direct", True),
+        ("processor has a token", "common.text.choice", "Choice.push", True),
+        ("processor has text", "common.text.generated_text", "GeneratedText.push", False),
+    ),
+    "engine": (
+        ("engine has the request", "common.observability.request_records", "RequestRecord.asks", True),
+        ("engine calls SGLang", "common.sglang.engine", "sglang_sampling_params", False),
+        ("engine has a token", "common.observability.request_records", "RequestRecord.answers", True),
+    ),
+}
+_points = {script: [point for point, *_ in watched] for script, watched in _WATCHED.items()}
 POINTS = (
-    "client sends",
-    "frontend has the headers",
-    "frontend has checked the request",
-    "frontend calls a processor",
-    "processor has the request",
-    "processor has token ids",
-    "processor calls an engine",
-    "engine has the request",
-    "engine calls SGLang",
-    "engine has a token",
-    "processor has a token",
-    "processor has text",
-    "frontend has text",
-    "frontend has an event",
-    "client has text",
-)
+    "client sends", *_points["frontend"][:3], *_points["processor"][:3], *_points["engine"], *_points["processor"][3:],
+    *_points["frontend"][3:], "client has text",
+)  # fmt: skip
 _STOP_S = 15.0
 
 
 class Watched(Ours):
-    """Ours, with each script noting when a request passes it."""
+    name, title = "hops", f"{Ours.title}, watched"
 
-    name, title = "hops", "frontend.py, processor.py, engine.py, watched"
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.notes = [self.folder / f"{script}.times" for script in ("engine", "processor", "frontend")]
-
-    def start_scripts(self) -> None:
-        env = self.env()
-        commands = (
-            self.setting.engine_script("engine.py"),
-            self.setting.script("processor.py", "--model", self.setting.model),
-            self.setting.script("frontend.py", "--port", str(self.port)),
-        )
-        for notes, (python, *command) in zip(self.notes, commands, strict=True):
-            self.child(notes.stem, [python, "-m", "bench.hop_times", str(notes), *command], **env)
+    def command(self, name: str, command: list[str]) -> list[str]:
+        python, *rest = command
+        return [python, "-m", "bench.hops", str(self.folder / f"{name}.times"), *rest]
 
     def stop(self) -> None:
         for child in reversed(self.children[2:]):  # the servers last: a graceful stop writes the notes
@@ -58,7 +66,7 @@ class Watched(Ours):
         super().stop()
 
     def read_notes(self) -> list[tuple[float, str]]:
-        lines = (line for path in self.notes for line in path.read_text().splitlines())
+        lines = (line for path in self.folder.glob("*.times") for line in path.read_text().splitlines())
         return sorted((float(at), point) for at, _, point in (line.partition(" ") for line in lines))
 
 
@@ -72,31 +80,74 @@ def hops(replies: Sequence[Reply], notes: Sequence[tuple[float, str]]) -> list[t
             if reply.sent_at < at < reply.first_content_at:
                 passed.setdefault(point, at)
         passed["client has text"] = reply.first_content_at
-        missing = [point for point in POINTS if point not in passed]
-        if missing:
+        if missing := [point for point in POINTS if point not in passed]:
             raise ValueError(f"a request was not seen at: {', '.join(missing)}")
         for earlier, later in pairwise(POINTS):
             steps[later].append((passed[later] - passed[earlier]) * 1000)
     return [(point, statistics.median(times), sorted(times)[int(len(times) * 0.9)]) for point, times in steps.items()]
 
 
-def measure_hops(setting: Setting, executor: Executor, *, num_requests: int, timeout_s: float) -> str:
+def measure_hops(setting: Setting, *, num_requests: int, timeout_s: float) -> str:
     """The table."""
     watched = Watched(setting)
     watched.bring_up(timeout_s)
     try:
-        load = Load(watched.url, setting.model, requests_per_user=num_requests, is_stream=True, max_tokens=8)
-        run_load(replace(load, requests_per_user=20, first_prompt=10**6), executor, 1)  # warms it up
-        outcome = run_load(load, executor, 1)
+        load = Load(requests_per_user=num_requests, is_stream=True, max_tokens=8)
+        run_load(watched.url, setting.model, replace(load, requests_per_user=20, first_prompt=10**6))  # warms it up
+        replies = run_load(watched.url, setting.model, load).replies
     finally:
         watched.stop()
-    errors = [reply.error for reply in outcome.replies if reply.error]
-    if errors:
+    if errors := [reply.error for reply in replies if reply.error]:
         raise RuntimeError(f"{len(errors)} requests failed, the first one with: {errors[0]}")
-    found = hops(outcome.replies, watched.read_notes())
-    (setting.folder.parent / "hops.json").write_text(json.dumps(found, indent=1))
-    total = statistics.median((reply.first_content_at - reply.sent_at) * 1000 for reply in outcome.replies)
-    rows = [f"| {point} | {median:.2f} | {ninth:.2f} |" for point, median, ninth in found]
+    rows = [f"| {point} | {median:.2f} | {ninth:.2f} |" for point, median, ninth in hops(replies, watched.read_notes())]
+    total = statistics.median((reply.first_content_at - reply.sent_at) * 1000 for reply in replies)
     return "\n".join(
         ["| until | ms, median | ms, 90th percentile |", "|---|---|---|", *rows, f"| TTFT | {total:.2f} | |", ""]
     )
+
+
+def _watch(module: str, name: str, note: Callable[[], None], *, is_call: bool) -> None:
+    """Replace what is called `name` by one that notes when it is called, or when it returns."""
+    *owner, name = name.split(".")
+    holder: Any = importlib.import_module(module)
+    for each in owner:
+        holder = getattr(holder, each)
+    original: Callable[..., Any] = getattr(holder, name)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        if is_call:
+            note()
+        result = original(*args, **kwargs)
+        if not is_call:
+            note()
+        return result
+
+    async def noted_coroutine(*args: Any, **kwargs: Any) -> Any:
+        if is_call:
+            note()
+        result = await original(*args, **kwargs)
+        if not is_call:
+            note()
+        return result
+
+    setattr(holder, name, noted_coroutine if inspect.iscoroutinefunction(original) else noted)
+
+
+def _run_watched(path: Path, command: list[str]) -> None:
+    notes: list[str] = []
+    script = next(Path(word).stem for word in command if word.endswith(".py"))
+    for point, module, name, is_call in _WATCHED[script]:
+        _watch(module, name, lambda point=point: notes.append(f"{time.perf_counter()!r} {point}\n"), is_call=is_call)  # type: ignore[misc]
+    importlib.import_module("common.dynamo.runtime")  # its exit handler ends the process: ours comes before it
+    atexit.register(lambda: path.write_text("".join(notes)))
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).resolve().parent))
+        runpy.run_path(command[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _run_watched(Path(sys.argv[1]), sys.argv[2:])

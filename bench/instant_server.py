@@ -11,7 +11,7 @@ from typing import cast
 
 import uvloop
 
-_NUM_TOKENS = re.compile(rb'"max_tokens": ?(\d+)')
+_NUM_TOKENS = re.compile(rb'"max(?:_completion)?_tokens": ?(\d+)')
 _LENGTH = re.compile(rb"content-length: ?(\d+)", re.IGNORECASE)
 _EVENT = (
     b'data: {"id":"chatcmpl-0","object":"chat.completion.chunk","created":0,"model":"instant","choices":'
@@ -31,6 +31,10 @@ class InstantServer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         head, blank, body = self._received.partition(b"\r\n\r\n")
+        if blank and head.startswith(b"GET"):  # SGLang's client asks for more than chats
+            self._received = b""
+            self._transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return
         length = _LENGTH.search(head)
         if not blank or length is None or len(body) < int(length[1]):
             return

@@ -4,18 +4,17 @@ import json
 import select
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 import psutil
 
-from bench.http_client import Reply
-from bench.infra import Infra
-from bench.load import Load, Outcome, run_load
-from bench.processes import Child, Usage, answers, free_port, wait_until
+from bench.client import Load, Outcome, Reply, run_load
+from bench.measures import Measures, of_bench_serving, of_outcome
+from bench.processes import ROOT, Child, Infra, answers, free_port, wait_until
+from bench.serving import BenchServing, load_args
 
 # SGLang's own server and Dynamo's processes log lines for every request; ours keep their default of one line each.
 _QUIET = {"DYN_LOG": "error"}
@@ -26,14 +25,15 @@ _GRACE_S = 1.5  # for a process to end by itself; there is nothing left to lose
 class Setting:
     """What all peers of a run have in common.
 
-    engine_args: SGLang's flags. is_engine_fake: run `bench.fake_sglang` in SGLang's place.
+    engine_args: SGLang's flags. is_engine_fake: run `bench.fake_sglang` in SGLang's place. bench_serving: what puts the
+    load on servers; None: our own client.
     """
 
     model: str
     folder: Path
     engine_args: Sequence[str] = ()
     is_engine_fake: bool = False
-    num_client_processes: int = 1
+    bench_serving: BenchServing | None = None
 
     def script(self, path: str, *args: str) -> list[str]:
         return [sys.executable, path, *args]
@@ -44,7 +44,7 @@ class Setting:
 
 
 class Peer:
-    """A server that speaks OpenAI's chat completions. `path_ready` answers 200 once it does."""
+    """A server that speaks OpenAI's chat completions."""
 
     name: ClassVar[str]
     title: ClassVar[str]
@@ -76,24 +76,15 @@ class Peer:
         body = {"model": self.setting.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
         return answers(f"{self.url}/v1/chat/completions", json.dumps(body).encode())
 
-    def answer(self, load: Load, executor: Executor) -> Outcome:
-        load = replace(load, url=self.url, model=self.setting.model)
-        return run_load(load, executor, self.setting.num_client_processes)
-
-    def usage(self) -> Usage:
-        return Usage.of(self.children)
+    def take(self, load: Load) -> Measures:
+        if self.setting.bench_serving is None:
+            return of_outcome(self.name, load, run_load(self.url, self.setting.model, load))
+        where = ["--base-url", self.url, "--model", self.setting.model]
+        return of_bench_serving(self.name, load, self.setting.bench_serving.run([*where, *load_args(load)]))
 
     def schedulers(self) -> list[psutil.Process]:
         """SGLang's processes that burn a core while they wait."""
-        found = []
-        for child in self.children:
-            for process in child.family()[1:]:
-                try:
-                    if "scheduler" in " ".join(process.cmdline()):
-                        found.append(process)
-                except psutil.NoSuchProcess:
-                    pass
-        return found
+        return [each for child in self.children for each in child.family()[1:] if _is_scheduler(each)]
 
     def bring_up(self, timeout_s: float) -> None:
         """Raises:
@@ -113,6 +104,13 @@ class Peer:
             child.stop(_GRACE_S)
 
 
+def _is_scheduler(process: psutil.Process) -> bool:
+    try:
+        return "scheduler" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 class DynamoPeer(Peer):
     """One that needs NATS and etcd; its own ones, so that peers cannot see each other."""
 
@@ -128,74 +126,42 @@ class DynamoPeer(Peer):
 
 class Ours(DynamoPeer):
     name, title = "ours", "frontend.py, processor.py, engine.py"
+    num_processors = num_frontends = 1
+    is_pinned = False
+    engine = "engine.py"
 
-    def env(self) -> dict[str, str]:
-        """With the log as it is by default, and the request plane left to the scripts."""
-        return {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
+    def command(self, _name: str, command: list[str]) -> list[str]:
+        """What is run of a script's command."""
+        return command
 
     def start_scripts(self) -> None:
-        env = self.env()
-        self.child("engine", self.setting.engine_script("engine.py"), **env)
-        self.child("processor", self.setting.script("processor.py", "--model", self.setting.model), **env)
-        self.child("frontend", self.setting.script("frontend.py", "--port", str(self.port)), **env)
+        """With the log as it is by default, and the request plane left to the scripts."""
+        script = self.setting.script
+        commands = {"engine": self.setting.engine_script(self.engine)}
+        for number in range(self.num_processors):
+            commands[f"processor{number or ''}"] = script("processor.py", "--model", self.setting.model)
+        for number in range(self.num_frontends):
+            shared = ["--share-port"] if self.num_frontends > 1 else []
+            commands[f"frontend{number or ''}"] = script("frontend.py", "--port", str(self.port), *shared)
+        env = {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
+        for number, (name, command) in enumerate(commands.items()):
+            pinned = {"DYN_CHAT_CPUS": str(number % (psutil.cpu_count() or 1))} if self.is_pinned else {}
+            self.child(name, self.command(name, command), **env, **pinned)
 
 
 class OursScaled(Ours):
-    """The same three scripts, with as many processors and frontends as one engine needs under full load."""
-
     name, title = "ours3", "the same, three processors, two frontends"
     num_processors, num_frontends = 3, 2
 
-    def start_scripts(self) -> None:
-        env = self.env()
-        script = self.setting.script
-        self.child("engine", self.setting.engine_script("engine.py"), **env)
-        for number in range(self.num_processors):
-            self.child(f"processor{number}", script("processor.py", "--model", self.setting.model), **env)
-        for number in range(self.num_frontends):
-            self.child(f"frontend{number}", script("frontend.py", "--port", str(self.port), "--share-port"), **env)
-
 
 class OursPinned(OursScaled):
-    """Each of those processes on a CPU of its own."""
-
     name, title = "pinned", f"{OursScaled.title}, each on one CPU"
-
-    def child(self, name: str, command: Sequence[str], **env: str) -> Child:
-        if name not in ("nats", "etcd"):
-            env["DYN_CHAT_CPUS"] = str(len(self.children) % (psutil.cpu_count() or 1))
-        return super().child(name, command, **env)
+    is_pinned = True
 
 
-class Variant(OursScaled):
-    """Ours scaled, with other environment variables or engine flags: to see what they change, in one run."""
-
-    changes: ClassVar[Mapping[str, str]] = {}
-    more_engine_args: ClassVar[Sequence[str]] = ()
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(replace(setting, engine_args=[*setting.engine_args, *self.more_engine_args]))
-
-    def env(self) -> dict[str, str]:
-        return super().env() | dict(self.changes)
-
-
-def add_variant(text: str) -> str:
-    """Make a peer of `NAME: VARIABLE=VALUE ... --engine-flag ...`; its name."""
-    name, _, rest = text.partition(":")
-    words = rest.split()
-    flags_at = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
-    PEERS[name] = type(
-        name,
-        (Variant,),
-        {
-            "name": name,
-            "title": f"{OursScaled.title}; {rest.strip()}",
-            "changes": dict(word.split("=", 1) for word in words[:flags_at]),
-            "more_engine_args": words[flags_at:],
-        },
-    )
-    return name
+class OursOnDicts(Ours):
+    name, title = "dicts", "frontend.py and processor.py on the chapter's engine, a dict per token"
+    engine = "docs/chapter-1/engine_step_1.py"
 
 
 class Chapter(DynamoPeer):
@@ -244,30 +210,27 @@ class EngineAlone(Peer):
     name, title = "engine", "`sglang.Engine` in process"
 
     def start(self) -> None:
-        launcher = ["-m", "bench.engine_alone", self.setting.model, *self.setting.engine_args]
-        self.process = Child(
-            "engine", [sys.executable, *launcher], self.folder / "engine.log", stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.children.append(self.process.start())
+        command = self.setting.engine_script("bench/engine_alone.py")
+        env, log_path = {"PYTHONPATH": str(ROOT)}, self.folder / "engine.log"
+        self.children.append(Child("engine", command, log_path, env, subprocess.PIPE, subprocess.PIPE).start())
 
     def is_ready(self) -> bool:
-        self.process.check()
-        stdout = self.process.popen.stdout
-        assert stdout is not None
-        return bool(select.select([stdout], [], [], 1.0)[0]) and self._read() == "ready"
+        self.children[0].check()
+        return bool(select.select([self._stdout], [], [], 1.0)[0]) and self._stdout.readline() == b"ready\n"
 
-    def answer(self, load: Load, executor: Executor) -> Outcome:
-        stdin = self.process.popen.stdin
+    def take(self, load: Load) -> Measures:
+        stdin = self.children[0].popen.stdin
         assert stdin is not None
         stdin.write(json.dumps(asdict(load)).encode() + b"\n")
         stdin.flush()
-        outcome = json.loads(self._read())
-        return Outcome([Reply(**reply) for reply in outcome["replies"]], outcome["started_at"], 0.0)
+        found = json.loads(self._stdout.readline())
+        return of_outcome(self.name, load, Outcome([Reply(**reply) for reply in found["replies"]], found["started_at"]))
 
-    def _read(self) -> str:
-        assert self.process.popen.stdout is not None
-        return self.process.popen.stdout.readline().decode().strip()
+    @property
+    def _stdout(self) -> IO[bytes]:
+        stdout = self.children[0].popen.stdout
+        assert stdout is not None
+        return stdout
 
 
 class Instant(Peer):
@@ -282,6 +245,6 @@ class Instant(Peer):
 PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (
-        EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, OursPinned, Instant,
+        EngineAlone, SGLangServer, Dynamo, DynamoMocker, Chapter, Ours, OursScaled, OursPinned, OursOnDicts, Instant,
     )
 }  # fmt: skip

@@ -1,10 +1,12 @@
-"""Child processes of a measurement: started, waited for, watched, stopped."""
+"""Child processes of a measurement: started, waited for, watched, stopped; NATS and etcd among them."""
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +17,6 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-_MIB = 2**20
 # engine.py switches our SGLang plugins on by itself. Everybody else runs as it came, whatever the shell has exported.
 _AS_IT_CAME = {"DYN_CHAT_SGLANG_PLUGINS": ""}
 
@@ -26,14 +27,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(url: str, body: bytes | None = None) -> bool:
-    """Does this URL answer with 200? With a body, to a POST of it."""
+def answers(url: str, body: bytes) -> bool:
+    """Does this URL answer a POST with 200?"""
     request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
+    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=60) as response:
+        return bool(response.status == 200)
+    return False
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -65,14 +64,9 @@ class Child:
     def start(self) -> "Child":
         with self.log_path.open("ab") as log:
             self.popen = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=self.environ,
-                stdin=self.stdin,
+                self.command, cwd=ROOT, env=self.environ, stdin=self.stdin, stderr=log, start_new_session=True,
                 stdout=log if self.stdout is None else self.stdout,
-                stderr=log,
-                start_new_session=True,
-            )
+            )  # fmt: skip
         return self
 
     def check(self) -> None:
@@ -85,11 +79,10 @@ class Child:
 
     def family(self) -> list[psutil.Process]:
         """The process and its descendants."""
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.popen.pid)
             return [parent, *parent.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return []
 
     def terminate(self) -> None:
         if self.popen.poll() is None:
@@ -104,36 +97,15 @@ class Child:
                 process.kill()
         self.popen.wait(10)
 
-
-def _label(child: Child, process: psutil.Process) -> str:
-    if process.pid == child.popen.pid:
-        return child.name
-    title = (process.cmdline() or [""])[0]
-    return f"{child.name}: {title.removeprefix('sglang::')}" if "::" in title else f"{child.name}: children"
-
-
-@dataclass
-class Usage:
-    """CPU seconds and resident memory by process; memory is of the moment, the largest of a name's processes summed."""
-
-    cpu_s: dict[str, float] = field(default_factory=dict)
-    rss_mib: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, children: Sequence[Child]) -> "Usage":
-        usage = cls()
-        for child in children:
-            for process in child.family():
-                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                    times, name = process.cpu_times(), _label(child, process)
-                    # children_*: those that have ended and were waited for; the living are in the family.
-                    cpu_s = times.user + times.system + times.children_user + times.children_system
-                    usage.cpu_s[name] = usage.cpu_s.get(name, 0.0) + cpu_s
-                    usage.rss_mib[name] = usage.rss_mib.get(name, 0.0) + process.memory_info().rss / _MIB
-        return usage
-
-    def cpu_since(self, earlier: "Usage") -> dict[str, float]:
-        return {name: max(0.0, spent - earlier.cpu_s.get(name, 0.0)) for name, spent in self.cpu_s.items()}
+    def usage(self) -> tuple[float, float]:
+        """CPU seconds so far, and MiB that are resident now, of the whole family."""
+        cpu_s = rss = 0.0
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                # The last two are those of children that have ended and were waited for.
+                cpu_s += sum(process.cpu_times()[:4])
+                rss += process.memory_info().rss / 2**20
+        return cpu_s, rss
 
 
 @contextlib.contextmanager
@@ -148,3 +120,41 @@ def frozen(processes: Sequence[psutil.Process]) -> Iterator[None]:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+
+
+def _binary(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name) or name
+
+
+def _accepts(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+class Infra:
+    """NATS and etcd of one peer's own: from the wheels beside this Python, or from the PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self._ports = nats_port, etcd_port = free_port(), free_port()
+        client_url, peer_url = f"http://127.0.0.1:{etcd_port}", f"http://127.0.0.1:{free_port()}"
+        self.env = {
+            "NATS_SERVER": f"nats://127.0.0.1:{nats_port}",
+            "ETCD_ENDPOINTS": client_url,
+            "DYN_REQUEST_PLANE": "nats",
+            "DYN_TCP_RESPONSE_STREAM_HOST": "lo",
+        }
+        nats = [_binary("nats-server"), "-a", "127.0.0.1", "-p", str(nats_port), "-js", "-sd", str(folder / "nats")]
+        etcd = [
+            _binary("etcd"), "--data-dir", str(folder / "etcd"), "--log-level", "warn",
+            "--listen-client-urls", client_url, "--advertise-client-urls", client_url,
+            "--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url,
+            "--initial-cluster", f"default={peer_url}", "--unsafe-no-fsync",
+        ]  # fmt: skip
+        self.children = [Child("nats", nats, folder / "nats.log"), Child("etcd", etcd, folder / "etcd.log")]
+
+    def start(self) -> None:
+        for child in self.children:
+            child.start()
+        wait_until(lambda: all(map(_accepts, self._ports)), 30, "NATS and etcd")

@@ -1,87 +1,68 @@
-"""The table and the plot for the README; `python -m bench.report FILE.json` makes them again from earlier results."""
+"""The table and the plot; `python -m bench.report FILE.json` makes them again."""
 
 import json
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.measures import Measures, median_round, spread
+from bench.measures import Measures
 from bench.peers import PEERS
 
+Key = tuple[int, int, int, bool, str]
 
-@dataclass(frozen=True, order=True)
-class Key:
+
+def key_of(measured: Measures) -> Key:
     """One peer under one load."""
-
-    rate_per_s: float
-    max_tokens: int
-    num_prompt_words: int
-    concurrency: int
-    is_stream: bool
-    peer: str
-
-    @classmethod
-    def of(cls, measured: Measures) -> "Key":
-        return cls(
-            measured.rate_per_s or 0.0,
-            measured.max_tokens,
-            measured.num_prompt_words,
-            measured.concurrency,
-            measured.is_stream,
-            measured.peer,
-        )
-
-    @property
-    def load(self) -> str:
-        parts = [f"{self.rate_per_s:.0f} requests/s" if self.rate_per_s else f"c={self.concurrency}"]
-        parts += [f"{self.max_tokens} tokens"] if self.max_tokens != Measures.max_tokens else []
-        parts += [f"{self.num_prompt_words} words"] if self.num_prompt_words != Measures.num_prompt_words else []
-        return ", ".join([*parts, "streaming" if self.is_stream else "whole"])
+    of = measured
+    return (of.max_tokens, of.num_prompt_words, of.concurrency, of.is_stream, of.peer)
 
 
-def title(peer: str) -> str:
-    """A variant of an earlier run has only its name."""
-    return PEERS[peer].title if peer in PEERS else peer
-
-
-def medians(done: Iterable[Measures]) -> dict[Key, tuple[Measures, float]]:
-    """The median round of each peer under each load, and the spread of the rounds."""
+def medians(done: Sequence[Measures]) -> dict[Key, tuple[Measures, float]]:
+    """The middle round of each peer under each load, by tokens per second, and their spread as a share of the mean."""
     rounds: dict[Key, list[Measures]] = {}
-    for measured in done:
-        rounds.setdefault(Key.of(measured), []).append(measured)
-    return {key: (median_round(of_key), spread(of_key)) for key, of_key in sorted(rounds.items())}
+    for measured in sorted(done, key=lambda each: each.tokens_per_s):
+        rounds.setdefault(key_of(measured), []).append(measured)
+    return {key: (of_key[(len(of_key) - 1) // 2], _spread(of_key)) for key, of_key in sorted(rounds.items())}
+
+
+def _spread(rounds: Sequence[Measures]) -> float:
+    speeds = [measured.tokens_per_s for measured in rounds]
+    return statistics.pstdev(speeds) / (statistics.fmean(speeds) or 1.0)
+
+
+def row(measured: Measures, deviation: float | None = None) -> list[str]:
+    """The cells of a table, or what is said while it is measured."""
+    of = measured
+    load = f"c={of.concurrency}, {of.max_tokens} tokens, {of.num_prompt_words} words"
+    return [
+        f"{load}, {'streaming' if of.is_stream else 'whole'}",
+        PEERS[of.peer].title if of.peer in PEERS else of.peer,
+        f"{of.tokens_per_s:,.0f}" + ("" if deviation is None else f" ± {deviation:.0%}"),
+        f"{of.latency_p50:.1f} / {of.latency_p99:.1f}",
+        f"{of.ttft_p50:.1f} / {of.ttft_p99:.1f}" if of.is_stream else "",
+        f"{of.longest_gap_p99:.0f}" if of.is_stream else "",
+        f"{of.tokens_per_event:.1f}" if of.is_stream else "",
+        f"{sum(of.cpu_ms_per_request.values()):.2f}: "
+        + ", ".join(f"{name} {spent:.2f}" for name, spent in of.cpu_ms_per_request.items() if spent >= 0.005),
+        f"{of.client_cpu_ms_per_request:.2f}",
+        ", ".join(f"{name} {rss:.0f}" for name, rss in of.rss_mib.items() if rss >= 50),
+        f"{of.num_errors} of {of.num_requests}" + (f": {of.first_error}" if of.num_errors else ""),
+    ]
 
 
 def markdown(done: Sequence[Measures]) -> str:
-    """One row a peer and load."""
+    """One row per peer and load."""
+    titles = (
+        "load | server | tokens/s | latency p50 / p99 ms | TTFT p50 / p99 ms | longest gap p99 ms | tokens/event "
+        "| CPU ms/request | the client's | memory MiB | failed"
+    )
     rows = [
-        "| load | server | tokens/s | requests/s | latency p50 / p99 ms | TTFT p50 / p99 ms | gap p50 / p99 ms "
-        "| longest gap p99 ms | CPU ms/request | memory MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        titles,
+        "|".join("---" for _ in titles.split("|")),
+        *(" | ".join(row(*each)) for each in medians(done).values()),
     ]
-    for key, (measured, deviation) in medians(done).items():
-        columns = [
-            key.load,
-            title(measured.peer),
-            f"{measured.tokens_per_s:,.0f} ± {deviation:.0%}",
-            f"{measured.requests_per_s:.1f}",
-            f"{measured.latency_p50:.0f} / {measured.latency_p99:.0f}",
-            *(
-                (
-                    f"{measured.ttft_p50:.1f} / {measured.ttft_p99:.1f}",
-                    f"{measured.gap_p50:.1f} / {measured.gap_p99:.1f}",
-                    f"{measured.longest_gap_p99:.0f}",
-                )
-                if measured.is_stream
-                else ("", "", "")
-            ),
-            ", ".join(f"{name} {spent:.2f}" for name, spent in measured.cpu_ms_per_request.items() if spent >= 0.01),
-            ", ".join(f"{name} {rss:.0f}" for name, rss in measured.rss_mib.items() if rss >= 50),
-        ]
-        rows.append("| " + " | ".join(columns) + " |")
-    errors = sum(measured.num_errors for measured in done)
-    return "\n".join(rows) + f"\n\nFailed requests: {errors} of {sum(measured.num_requests for measured in done)}.\n"
+    return "".join(f"| {each} |\n" for each in rows)
 
 
 def plot(done: Sequence[Measures], path: Path) -> None:
@@ -92,19 +73,13 @@ def plot(done: Sequence[Measures], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    found = medians(measured for measured in done if measured.rate_per_s is None)
+    found = [measured for measured, _ in medians(done).values()]
     for axis, is_stream in zip(axes, (False, True), strict=True):
-        for name, peer in PEERS.items():
-            points = sorted(
-                (key.concurrency, found[key][0].tokens_per_s)
-                for key in found
-                if key.peer == name and key.is_stream == is_stream
-            )
-            if points:
-                style = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
-                axis.plot(*zip(*points, strict=True), marker="o", label=peer.title.replace("`", ""), **style)
-        axis.set_title("streaming" if is_stream else "not streaming")
-        axis.set_xlabel("concurrent requests")
+        for name in dict.fromkeys(measured.peer for measured in found):
+            mine = [each for each in found if each.peer == name and each.is_stream == is_stream]
+            points = sorted((each.concurrency, each.tokens_per_s) for each in mine)
+            axis.plot(*zip(*points, strict=True), marker="o", label=PEERS[name].title.replace("`", ""))
+        axis.set(title="streaming" if is_stream else "not streaming", xlabel="concurrent requests")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("output tokens/s")
@@ -114,9 +89,6 @@ def plot(done: Sequence[Measures], path: Path) -> None:
 
 
 def write_report(done: Sequence[Measures], folder: Path, name: str) -> None:
-    if not done:
-        print("nothing was measured")
-        return
     (folder / f"{name}.md").write_text(markdown(done))
     try:
         plot(done, folder / f"{name}.png")

@@ -5,21 +5,15 @@ have a cache, take their time for each block that is not in it, and compute one 
 """
 
 import itertools
-import json
-import multiprocessing
-import os
 import re
 import statistics
-import sys
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.peers import DynamoPeer, Setting
 from bench.processes import free_port, wait_until
+from bench.serving import BenchServing
 
 POLICIES = ("none", "round-robin", "least-loaded", "kv")
 FAKE_ENGINE = ("tests/fake_engine.py", "--kv-events", "--cache-blocks", "1200", "--ms-per-block", "4")
@@ -76,14 +70,13 @@ class Routed(DynamoPeer):
             found = [_counted(port) for port in self.metrics_ports]
         return sum(float(cached) for cached, _ in found), sum(float(num) for _, num in found)
 
-    def measure(self, policy: str, args: Sequence[str], executor: Executor) -> "Figures":
+    def measure(self, policy: str, args: Sequence[str], bench_serving: BenchServing) -> "Figures":
         if policy != "none":
             router = self.child(f"router-{policy}", self.setting.script("router.py", "--policy", policy), **self._env)
             log, before = router.log_path, router.log_path.read_text().count("serving inference/router")
             wait_until(lambda: log.read_text().count("serving inference/router") > before, 60, "the router")
         cached, num = self.prompt_tokens()
-        args = [*args, "--model", self.setting.model, "--base-url", self.url]
-        serving = executor.submit(_serve, self.folder, args).result()
+        serving = bench_serving.run([*args, "--model", self.setting.model, "--base-url", self.url])
         cached_now, num_now = self.prompt_tokens()
         if policy != "none":
             router.terminate()
@@ -114,35 +107,23 @@ def _counted(port: int) -> tuple[str, str]:
     return values["cached_prompt_tokens"], values["prompt_tokens"]
 
 
-def _serve(folder: Path, args: Sequence[str]) -> dict[str, float]:
-    """One run of SGLang's benchmark, in a process that imports it once; what it found."""
-    os.environ["HOME"] = str(folder)  # where it keeps its prompts
-    from sglang.benchmark.serving import cli_main
-
-    found = folder / "found.jsonl"
-    sys.argv = ["serving", "--backend", "sglang-oai-chat", *args, "--output-file", str(found), "--disable-tqdm"]
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        cli_main()
-    last: dict[str, float] = json.loads(found.read_text().splitlines()[-1])
-    return last
-
-
 def measure_routing(setting: Setting, *, num_rounds: int, timeout_s: float) -> str:
     """A table: medians of the rounds."""
     loads = ON_FAKES if setting.is_engine_fake else ON_GPUS
     done: dict[tuple[str, str], list[Figures]] = {}
     routed, num_loads = Routed(setting), 0
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
-        try:
-            routed.bring_up(timeout_s)
-            for _ in range(num_rounds):
-                for load, policy in itertools.product(loads, POLICIES):
-                    num_loads += 1
-                    figures = routed.measure(policy, [*loads[load], "--seed", str(num_loads)], executor)
-                    done.setdefault((load, policy), []).append(figures)
-                    print(load, policy, figures, flush=True)
-        finally:
-            routed.stop()
+    bench_serving = BenchServing(setting.folder)
+    try:
+        routed.bring_up(timeout_s)
+        for _ in range(num_rounds):
+            for load, policy in itertools.product(loads, POLICIES):
+                num_loads += 1
+                figures = routed.measure(policy, [*loads[load], "--seed", str(num_loads)], bench_serving)
+                done.setdefault((load, policy), []).append(figures)
+                print(load, policy, figures, flush=True)
+    finally:
+        routed.stop()
+        bench_serving.close()
     return markdown(done)
 
 

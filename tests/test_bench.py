@@ -5,21 +5,22 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from bench import plan
+from bench import __main__ as bench_main
+from bench.client import Load, Outcome, Reply
 from bench.hops import POINTS, hops
-from bench.http_client import Reply
-from bench.infra import Infra
+from bench.measures import of_bench_serving, of_outcome
 from bench.peers import PEERS, Instant, Ours, Setting
-from bench.processes import Child
+from bench.processes import Child, Infra
 from common.sglang import plugins
 from launch.dev import Source
-from tests.processes import ROOT, wait_until
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.process
 
@@ -27,41 +28,46 @@ pytestmark = pytest.mark.process
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, "-m", "bench", "client", "--concurrency", "4", "--rate", "50", "--max-tokens", "32"]
-    subprocess.run([*command, "--rounds", "1", "--out", str(folder)], cwd=ROOT, check=True, timeout=120)
+    command = [sys.executable, "-m", "bench", "client", "--concurrency", "4", "--max-tokens", "32", "--rounds", "1"]
+    subprocess.run([*command, "--out", str(folder)], cwd=ROOT, check=True, timeout=120)
     return folder
 
 
-@pytest.fixture(scope="module")
-def rounds(out: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((out / "client.json").read_text())
-    return found
-
-
-def test_every_answer_has_the_tokens_that_were_asked_for(rounds: list[dict[str, Any]]) -> None:
-    assert len(rounds) == 4  # closed and open loop, streaming and not
-    assert all(measured["num_errors"] == 0 for measured in rounds)
-    assert all(
-        measured["tokens_per_s"] == pytest.approx(32 * measured["requests_per_s"], rel=1e-6) for measured in rounds
-    )
-
-
-def test_an_open_loop_sends_at_its_rate_whatever_comes_back(rounds: list[dict[str, Any]]) -> None:
-    at_a_rate = [measured for measured in rounds if measured["rate_per_s"]]
-    assert len(at_a_rate) == 2
-    for measured in at_a_rate:
-        assert measured["num_requests"] == 500
-        assert 30 < measured["requests_per_s"] < 75  # 500 arrivals at random: 50 a second, give or take 10 %
+def test_every_answer_has_the_tokens_that_were_asked_for(out: Path) -> None:
+    rounds: list[dict[str, Any]] = json.loads((out / "client.json").read_text())
+    assert [measured["is_stream"] for measured in rounds] == [False, True]
+    for measured in rounds:
+        assert (measured["num_errors"], measured["num_requests"]) == (0, 16)
+        assert measured["tokens_per_s"] == pytest.approx(32 * measured["requests_per_s"], rel=1e-6)
+        assert measured["client_cpu_ms_per_request"] > 0
+        assert set(measured["cpu_ms_per_request"]) == {"server"}
 
 
 def test_the_table_has_a_row_for_each_load(out: Path) -> None:
-    rows = [line for line in (out / "client.md").read_text().splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows[1:]] == [
-        "c=4, 32 tokens, whole",
-        "c=4, 32 tokens, streaming",
-        "50 requests/s, 32 tokens, whole",
-        "50 requests/s, 32 tokens, streaming",
+    rows = [line for line in (out / "client.md").read_text().splitlines() if line.startswith("| c=")]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "c=4, 32 tokens, 64 words, whole",
+        "c=4, 32 tokens, 64 words, streaming",
     ]
+
+
+def test_what_bench_serving_found_is_read_as_our_own_clients_replies_are() -> None:
+    load = Load(num_users=2, is_stream=True, max_tokens=4)
+    replies = [
+        Reply(10.0, finished_at=10.4, first_content_at=10.1, arrivals=[10.1, 10.2, 10.4], num_tokens=4),
+        Reply(10.0, finished_at=10.3, error="503"),
+    ]
+    found = {
+        "errors": ["", "503"],
+        "output_lens": [4, 0],
+        "ttfts": [0.1, 0.0],
+        "itls": [[0.1, 0.2], []],
+        "duration": 0.4,
+    }
+    ours, theirs = of_outcome("ours", load, Outcome(replies, 10.0)), of_bench_serving("ours", load, found)
+    for name, value in asdict(ours).items():
+        assert getattr(theirs, name) == (pytest.approx(value) if isinstance(value, float) else value), name
+    assert (ours.num_errors, ours.ttft_p50, ours.longest_gap_p99) == (1, pytest.approx(100), pytest.approx(200))
 
 
 def test_the_plot_is_a_picture(out: Path) -> None:
@@ -111,15 +117,14 @@ def test_peers_run_untouched_by_our_sglang_plugins(tmp_path: Path, monkeypatch: 
 def test_schedulers_of_all_peers_share_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are CPUs enough; everything else stays where it is."""
     allowed = psutil.Process().cpu_affinity()
-    monkeypatch.setattr(plan, "_ENOUGH_CPUS", 1)
+    monkeypatch.setattr(bench_main, "_ENOUGH_CPUS", 1)
     peers = [Instant(Setting("", tmp_path / str(number))) for number in range(2)]
     tell_and_wait = "import sys, time; print(flush=True); time.sleep(60)"
     wait_for_child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {tell_and_wait!r}, 'scheduler'])"
+    monkeypatch.setattr(Instant, "start", lambda peer: peer.child("server", [sys.executable, "-c", wait_for_child]))
+    monkeypatch.setattr(Instant, "is_ready", lambda peer: bool(peer.schedulers()))
     try:
-        for peer in peers:
-            peer.child("server", [sys.executable, "-c", wait_for_child])
-            wait_until(lambda peer=peer: bool(peer.schedulers()), 20, "a scheduler")  # type: ignore[misc]
-        plan.Measuring(peers, executor=None, report=print)  # type: ignore[arg-type]
+        assert bench_main.start_all(peers, 20) == peers
         for peer in peers:
             (scheduler,) = peer.schedulers()
             assert scheduler.cpu_affinity() == [(psutil.cpu_count() or 1) - 1]

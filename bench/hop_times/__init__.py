@@ -1,1 +1,0 @@
-"""Where one request's time goes, hop by hop: `python -m bench hops`."""
