@@ -217,7 +217,7 @@ def _skip_finalization_at_exit() -> None:
     """End the process right after Python's own exit handlers, with the exit code that it would have.
 
     The runtime's threads outlive `shutdown()`. One that wants the interpreter while it is being torn down crashes
-    the process: about one graceful stop in thirty ended with SIGSEGV or SIGABRT instead of 0.
+    the process with SIGSEGV or SIGABRT: on 0.5.1 one stop in 90, on 1.4.2 one in thirty, on 1.6.1 none of 180.
     """
     global _is_finalization_skipped
     _is_finalization_skipped = True
