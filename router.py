@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from functools import reduce
 
 import uvloop
 
@@ -21,20 +20,23 @@ from common.arguments import RouterArgs, parse_router_args
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
 from common.observability.metrics import Metrics
-from common.routing.kv_blocks import block_hashes, chained_hash
+from common.routing.kv_blocks import block_hashes, chained_hashes
 from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQuestion
 
-# What a request costs beside a block that is to be computed, and what a block of its prompt does in decoding: each new
-# token takes a row of the batch, and reads the block again.
-REQUEST_WEIGHT, DECODE_WEIGHT = 1.0, 0.05
+# Costs beside that of a block which waits to be computed: of a block that this prompt adds (what is computed in vain is
+# lost to all who wait, not to this prompt alone), of a request in flight (each new token takes a row of the batch), and
+# of a block of its prompt in decoding (each new token reads it again).
+NEW_BLOCK_WEIGHT, REQUEST_WEIGHT, DECODE_WEIGHT = 2.0, 1.0, 0.05
 FORGET_AFTER = 10_000  # questions in a row that do not name a worker: it has left
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker, for one prompt. num_new_blocks: of the prompt, not cached there. load: what it has to do already."""
+    """A worker, for one prompt. num_new_blocks: of the prompt, neither cached there nor about to be. load: what it has
+    to do already.
+    """
 
     num_new_blocks: int
     load: WorkerLoad
@@ -52,9 +54,9 @@ def least_loaded(worker: Candidate) -> float:
 
 def kv(worker: Candidate) -> float:
     """The one that has the least to compute, what it has been given already included."""
-    num_prefill_blocks = worker.num_new_blocks + worker.load.num_prefill_blocks
+    prefill = NEW_BLOCK_WEIGHT * worker.num_new_blocks + worker.load.num_prefill_blocks
     decoding = REQUEST_WEIGHT * worker.load.num_requests + DECODE_WEIGHT * worker.load.num_decode_blocks
-    return num_prefill_blocks + decoding
+    return prefill + decoding
 
 
 # A policy is the cost of a worker for a prompt: the lowest is chosen. Add yours here.
@@ -75,17 +77,21 @@ class RequestHandler:
         """Yields the worker for a prompt, once; it is booked until the caller stops the stream, or is gone."""
         started_s = time.perf_counter()
         num_blocks = math.ceil(len(request.token_ids) / KV_BLOCK_SIZE)
-        hashes = block_hashes(request.token_ids)
-        num_cached = self.index.num_cached_blocks(hashes)
+        tokens_hashes = block_hashes(request.token_ids)
+        num_cached = self.index.num_cached_blocks(tokens_hashes)
+        hashes = chained_hashes(tokens_hashes)
         worker_ids = [each for each in request.worker_ids if each not in self.index.lost] or request.worker_ids
-        candidates = {each: Candidate(num_blocks - num_cached.get(each, 0), self.loads[each]) for each in worker_ids}
+        candidates = {}
+        for each in worker_ids:
+            num_soon = self.loads[each].num_blocks_soon(hashes, num_cached.get(each, 0))
+            candidates[each] = Candidate(num_blocks - num_soon, self.loads[each])
         worker_id = self._choose(candidates)
         chosen, num_cached_blocks = candidates[worker_id], num_cached.get(worker_id, 0)
         is_prefill = worker_id in self.index.telling and num_cached_blocks < len(hashes)  # as far as anybody will tell
-        last_block = reduce(chained_hash, hashes, 0) if is_prefill else None
+        booking = Booking(num_blocks, chosen.num_new_blocks, hashes[num_cached_blocks:] if is_prefill else [])
         self._forget_those_gone(request.worker_ids, context.record.metrics)
         context.record.metrics.decided(worker_id, num_cached_blocks * KV_BLOCK_SIZE, time.perf_counter() - started_s)
-        with chosen.load.booked(Booking(num_blocks, chosen.num_new_blocks), last_block):
+        with chosen.load.booked(booking):
             yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE)
             await context.stopped()
 

@@ -163,9 +163,9 @@ def test_an_empty_cache_is_told_too_and_a_stopped_router_ends_the_stream() -> No
 
 def test_a_booking_is_prefill_until_the_prompt_is_cached_and_then_decode_until_it_ends() -> None:
     load = WorkerLoad()
-    with load.booked(Booking(10, 4), last_block=99):
+    with load.booked(Booking(10, 4, [98, 99])):
         assert (load.num_requests, load.num_prefill_blocks, load.num_decode_blocks) == (1, 4, 0)
-        with load.booked(Booking(5, 5), last_block=98):
+        with load.booked(Booking(5, 5, [97])):
             load.has_cached([1, 99])
             assert (load.num_requests, load.num_prefill_blocks, load.num_decode_blocks) == (2, 5, 10)
     assert load == WorkerLoad()
@@ -173,7 +173,7 @@ def test_a_booking_is_prefill_until_the_prompt_is_cached_and_then_decode_until_i
 
 def test_a_prompt_that_is_cached_already_is_never_prefill() -> None:
     load = WorkerLoad()
-    with load.booked(Booking(10, 1), last_block=None):
+    with load.booked(Booking(10, 1)):
         assert (load.num_prefill_blocks, load.num_decode_blocks) == (0, 10)
     assert load == WorkerLoad()
 
@@ -223,8 +223,26 @@ def test_kv_sends_a_prompt_where_it_is_cached_unless_too_much_waits_there() -> N
         found = await chooser.choose([*prompt(1), 7, 7, 7], [1, 2, 3, 4])
         assert (found.worker_id, found.num_cached_tokens) == (2, 512)
         with ExitStack() as bookings:
-            bookings.enter_context(chooser.told.loads[2].booked(Booking(40, 40), last_block=5))
+            bookings.enter_context(chooser.told.loads[2].booked(Booking(80, 80, [5])))
             assert (await chooser.choose([*prompt(1), 7, 7, 7], [1, 2, 3, 4])).worker_id != 2
+
+    asyncio.run(ask())
+
+
+def test_kv_sends_a_prompt_where_its_beginning_is_about_to_be_cached() -> None:
+    async def ask() -> None:
+        chooser = Chooser()
+        for worker_id in (1, 2, 3, 4):
+            chooser.told.tell(worker_id, {"events": []})
+        first = await chooser.choose([*prompt(1), *prompt(2, 64)], [1, 2, 3, 4])
+        second = await chooser.choose([*prompt(1), *prompt(3, 64)], [1, 2, 3, 4])
+        assert (second.worker_id, second.num_cached_tokens) == (first.worker_id, 0)
+        assert chooser.told.loads[first.worker_id].num_prefill_blocks == 32 + 4 + 4
+        await chooser.answer_all()
+        assert chooser.told.loads[first.worker_id] == WorkerLoad(last_chosen=2)
+        again = {(await chooser.choose([*prompt(1), *prompt(each, 64)], [5, 6])).worker_id for each in range(20)}
+        assert again == {5, 6}  # they tell nothing
+        await chooser.answer_all()
 
     asyncio.run(ask())
 

@@ -1,6 +1,7 @@
 """Prompts in blocks of KV_BLOCK_SIZE tokens, and Dynamo's index of who has which: they need no runtime."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from common.environment import prepare_environment
 from common.wire import KV_BLOCK_SIZE
@@ -20,3 +21,8 @@ def block_hashes(token_ids: Sequence[int]) -> list[int]:
 def chained_hash(parent_hash: int | None, tokens_hash: int) -> int:
     """Of a block and all before it: two prompts may end alike. parent_hash: of all before it; None or 0: the first."""
     return hash((parent_hash or 0, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF  # of numbers, so alike in all processes
+
+
+def chained_hashes(tokens_hashes: Iterable[int]) -> list[int]:
+    """Of each block of a prompt and all before it."""
+    return list(accumulate(tokens_hashes, chained_hash, initial=0))[1:]

@@ -1,62 +1,81 @@
 """What each worker has to do, as the router has booked it."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
 @dataclass(eq=False, slots=True)
 class Booking:
-    """A prompt that a worker was chosen for. In blocks: all of it, and those that were not cached there."""
+    """A prompt that a worker was chosen for. In blocks: all of it, and those that are new there.
+
+    to_cache: the block hashes whose caching the worker will tell, in order; none where it will tell nothing.
+    """
 
     num_blocks: int
     num_new_blocks: int
+    to_cache: Sequence[int] = ()
 
 
 @dataclass(slots=True)
 class WorkerLoad:
     """num_requests: at a worker. num_prefill_blocks: yet to be computed. num_decode_blocks: of prompts that have been.
 
-    last_chosen: the number of the choice.
+    last_chosen: the number of the choice. to_cache: how many bookings are about to cache a block. prefilling: bookings,
+    by the last block that they cache.
     """
 
     num_requests: int = 0
     num_prefill_blocks: int = 0
     num_decode_blocks: int = 0
     last_chosen: int = 0
-    prefilling: defaultdict[int, set[Booking]] = field(default_factory=lambda: defaultdict(set))  # by last_block
+    to_cache: Counter[int] = field(default_factory=Counter)
+    prefilling: defaultdict[int, set[Booking]] = field(default_factory=lambda: defaultdict(set))
 
-    def _decodes(self, booking: Booking) -> None:
-        self.num_prefill_blocks -= booking.num_new_blocks
-        self.num_decode_blocks += booking.num_blocks
+    def num_blocks_soon(self, block_hashes: Sequence[int], num_cached: int) -> int:
+        """How many of a prompt's first blocks it will have once it has done what is booked; now it has num_cached."""
+        num_soon = num_cached
+        while num_soon < len(block_hashes) and block_hashes[num_soon] in self.to_cache:
+            num_soon += 1
+        return num_soon
 
     def has_cached(self, block_hashes: Iterable[int]) -> None:
         """Prompts that end with one of these blocks are computed: their first tokens are on the way."""
         for block_hash in self.prefilling.keys() & block_hashes:
             for booking in self.prefilling.pop(block_hash):
-                self._decodes(booking)
+                self._end_prefill(booking)
+                self.num_decode_blocks += booking.num_blocks
+
+    def _end_prefill(self, booking: Booking) -> None:
+        self.num_prefill_blocks -= booking.num_new_blocks
+        for block_hash in booking.to_cache:
+            self.to_cache[block_hash] -= 1
+            if not self.to_cache[block_hash]:
+                del self.to_cache[block_hash]
 
     @contextmanager
-    def booked(self, booking: Booking, last_block: int | None) -> Iterator[None]:
-        """For as long as the worker is at it. last_block: whose caching ends the prefill; None: nothing will."""
+    def booked(self, booking: Booking) -> Iterator[None]:
+        """For as long as the worker is at it."""
         self.num_requests += 1
-        self.num_prefill_blocks += booking.num_new_blocks
-        if last_block is None:
-            self._decodes(booking)
+        if booking.to_cache:
+            self.num_prefill_blocks += booking.num_new_blocks
+            self.to_cache.update(booking.to_cache)
+            self.prefilling[booking.to_cache[-1]].add(booking)
         else:
-            self.prefilling[last_block].add(booking)
+            self.num_decode_blocks += booking.num_blocks
         try:
             yield
         finally:
-            self._free(booking, last_block)
+            self._free(booking)
 
-    def _free(self, booking: Booking, last_block: int | None) -> None:
+    def _free(self, booking: Booking) -> None:
         self.num_requests -= 1
+        last_block = booking.to_cache[-1] if booking.to_cache else None
         if last_block is None or booking not in self.prefilling.get(last_block, ()):
             self.num_decode_blocks -= booking.num_blocks
             return
-        self.num_prefill_blocks -= booking.num_new_blocks
+        self._end_prefill(booking)
         self.prefilling[last_block].discard(booking)
         if not self.prefilling[last_block]:
             del self.prefilling[last_block]
