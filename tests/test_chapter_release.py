@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,13 @@ def test_the_log_variable_that_the_chapter_names_works(own_infra: Infra, tmp_pat
         wait_until(lambda: all("serving inference/engine" in engine.log for engine in pipeline.processes), 30, "both")
         assert " DEBUG dynamo_runtime" in at_debug.log
         assert " DEBUG " not in as_usual.log
+
+
+@pytest.mark.process
+def test_a_router_works_or_says_which_release_it_needs() -> None:
+    done = subprocess.run([sys.executable, "router.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if DYNAMO.startswith("0."):
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith("router.py and --kv-events need ai-dynamo-runtime 1.0 or later")
+    else:
+        assert (done.returncode, done.stderr) == (0, "")

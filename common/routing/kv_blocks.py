@@ -8,8 +8,11 @@ from common.wire import KV_BLOCK_SIZE
 
 prepare_environment()
 
-from dynamo.llm import RadixTree as RadixTree  # noqa: E402
-from dynamo.llm import compute_block_hash_for_seq  # noqa: E402
+try:
+    from dynamo.llm import RadixTree as RadixTree
+    from dynamo.llm import compute_block_hash_for_seq
+except ImportError as error:  # 0.x: another name for the hash, and a tree that tells less
+    raise SystemExit(f"router.py and --kv-events need ai-dynamo-runtime 1.0 or later: {error}") from None
 
 
 def block_hashes(token_ids: Sequence[int]) -> list[int]:
