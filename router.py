@@ -20,7 +20,7 @@ from common.arguments import RouterArgs, parse_router_args
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.dynamo.service import RequestContext, service
 from common.observability.metrics import Metrics
-from common.routing.kv_blocks import block_hashes, chained_hashes
+from common.routing.kv_blocks import block_hashes, chained_hashes, unpacked
 from common.routing.kv_index import KvIndex
 from common.routing.load import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQuestion
@@ -76,8 +76,8 @@ class RequestHandler:
     async def find_worker(self, request: WorkerQuestion, context: RequestContext) -> AsyncGenerator[WorkerFound, None]:
         """Yields the worker for a prompt, once; it is booked until the caller stops the stream, or is gone."""
         started_s = time.perf_counter()
-        num_blocks = math.ceil(len(request.token_ids) / KV_BLOCK_SIZE)
-        tokens_hashes = block_hashes(request.token_ids)
+        num_blocks = math.ceil(request.num_prompt_tokens / KV_BLOCK_SIZE)
+        tokens_hashes = block_hashes(request.token_ids) if request.token_ids else unpacked(request.tokens_hashes)
         num_cached = self.index.num_cached_blocks(tokens_hashes)
         hashes = chained_hashes(tokens_hashes)
         worker_ids = [each for each in request.worker_ids if each not in self.index.lost] or request.worker_ids
@@ -92,7 +92,7 @@ class RequestHandler:
         self._forget_those_gone(request.worker_ids, context.record.metrics)
         context.record.metrics.decided(worker_id, num_cached_blocks * KV_BLOCK_SIZE, time.perf_counter() - started_s)
         with chosen.load.booked(booking):
-            yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE)
+            yield WorkerFound(worker_id, num_cached_blocks * KV_BLOCK_SIZE, hashed_block_size=KV_BLOCK_SIZE)
             await context.stopped()
 
     def _forget_those_gone(self, worker_ids: list[int], metrics: Metrics) -> None:

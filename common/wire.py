@@ -93,17 +93,36 @@ def is_constrained(request: dict[str, Any]) -> bool:
 
 
 class WorkerQuestion(msgspec.Struct, omit_defaults=True):
-    """Which of these workers shall answer the prompt? It is booked for as long as the stream of the answer is open."""
+    """Which of these workers shall answer the prompt? It is booked for as long as the stream of the answer is open.
 
-    token_ids: Annotated[list[TokenId], Meta(min_length=1)]
+    tokens_hashes: of the prompt's blocks, 8 bytes each, in place of its token_ids; num_tokens: how many those are. For
+    routers that have said that they take it.
+    """
+
     worker_ids: Annotated[list[int], Meta(min_length=1)]
+    token_ids: list[TokenId] = []
+    num_tokens: Annotated[int, Meta(ge=0)] = 0
+    tokens_hashes: bytes = b""
+
+    def __post_init__(self) -> None:
+        has_hashes = self.num_tokens and len(self.tokens_hashes) == self.num_tokens // KV_BLOCK_SIZE * 8
+        if bool(self.token_ids) == bool(has_hashes):
+            raise ValueError("either token_ids, or num_tokens and the hashes of their blocks")
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.token_ids) or self.num_tokens
 
 
 class WorkerFound(msgspec.Struct, omit_defaults=True):
-    """num_cached_tokens: of the prompt, found in that worker's cache."""
+    """num_cached_tokens: of the prompt, found in that worker's cache.
+
+    hashed_block_size: the router takes `tokens_hashes` of such blocks, too; 0: it does not.
+    """
 
     worker_id: int
     num_cached_tokens: int = 0
+    hashed_block_size: int = 0
 
 
 class RouterDescription(msgspec.Struct, omit_defaults=True):

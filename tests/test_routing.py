@@ -14,10 +14,12 @@ import pytest
 
 import router
 from common.dynamo.runtime import Context
+from common.errors import InvalidRequest
 from common.routing import cached_blocks, kv_index
 from common.routing.cached_blocks import CachedBlocks
+from common.routing.kv_blocks import block_hashes, packed
 from common.routing.load import Booking, WorkerLoad
-from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion
+from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion, read_worker_question, to_wire
 from router import POLICIES, Policy, RequestHandler, kv
 from tests.contexts import request_context
 from tests.processes import ROOT
@@ -188,7 +190,7 @@ class Chooser:
         self.context = request_context("router")
 
     async def choose(self, token_ids: list[int], worker_ids: list[int]) -> WorkerFound:
-        stream = self.handler.find_worker(WorkerQuestion(token_ids, worker_ids), self.context)
+        stream = self.handler.find_worker(WorkerQuestion(worker_ids, token_ids), self.context)
         self.open.append(stream)
         return await anext(stream)
 
@@ -227,6 +229,31 @@ def test_kv_sends_a_prompt_where_it_is_cached_unless_too_much_waits_there() -> N
             assert (await chooser.choose([*prompt(1), 7, 7, 7], [1, 2, 3, 4])).worker_id != 2
 
     asyncio.run(ask())
+
+
+def test_the_hashes_of_a_prompt_say_what_its_tokens_say() -> None:
+    async def ask() -> None:
+        chooser, cached, token_ids = Chooser(), CachedBlocks(), prompt(1, 500)
+        store(cached, token_ids, 16)
+        chooser.told.tell(2, cached._snapshot()[0])
+        hashes = packed(block_hashes(token_ids))
+        by_hashes = to_wire(WorkerQuestion([1, 2], num_tokens=500, tokens_hashes=hashes))
+        for question in ({"token_ids": token_ids, "worker_ids": [1, 2]}, by_hashes):
+            stream = chooser.handler.find_worker(read_worker_question(question), chooser.context)
+            assert await anext(stream) == WorkerFound(2, 496, hashed_block_size=16)
+            assert chooser.told.loads[2].num_decode_blocks == 32
+            await stream.aclose()
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{}, {"token_ids": []}, {"num_tokens": 16}, {"num_tokens": 20, "tokens_hashes": "AAAA"}, {"tokens_hashes": "AAAA"}],
+)
+def test_a_question_without_a_whole_prompt_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        read_worker_question({"worker_ids": [1], **wrong})
 
 
 def test_kv_sends_a_prompt_where_its_beginning_is_about_to_be_cached() -> None:
@@ -336,7 +363,7 @@ def test_a_decision_costs_less_than_a_third_of_a_millisecond() -> None:
         for worker_id in worker_ids:
             for message in cached._snapshot():
                 chooser.told.tell(worker_id, message)
-        question, context = WorkerQuestion(token_ids, worker_ids), request_context("router")
+        question, context = WorkerQuestion(worker_ids, token_ids), request_context("router")
         started_s = time.process_time()
         for _ in range(200):
             stream = chooser.handler.find_worker(question, context)

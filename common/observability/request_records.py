@@ -106,7 +106,7 @@ class RequestRecord:
     def asks(self, request: ChatCompletionRequest | EngineRequest | WorkerQuestion) -> None:
         """Note what is asked for."""
         if isinstance(request, WorkerQuestion):
-            self.num_prompt_tokens = len(request.token_ids)
+            self.num_prompt_tokens = request.num_prompt_tokens
         elif isinstance(request, EngineRequest):
             self.num_prompt_tokens, self.is_streamed = len(request.token_ids), request.output_options.stream
         else:

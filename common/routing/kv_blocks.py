@@ -1,5 +1,6 @@
 """Prompts in blocks of KV_BLOCK_SIZE tokens, and Dynamo's index of who has which: they need no runtime."""
 
+import struct
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
@@ -19,6 +20,14 @@ def block_hashes(token_ids: Sequence[int]) -> list[int]:
     """One for each complete block, of its own tokens alone."""
     hashes: list[int] = compute_block_hash_for_seq(token_ids, KV_BLOCK_SIZE)
     return hashes
+
+
+def packed(hashes: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(hashes)}Q", *hashes)
+
+
+def unpacked(hashes: bytes) -> list[int]:
+    return list(struct.unpack(f"<{len(hashes) // 8}Q", hashes))
 
 
 def chained_hash(parent_hash: int | None, tokens_hash: int) -> int:
