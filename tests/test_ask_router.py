@@ -165,7 +165,8 @@ def test_what_is_not_followed_is_not_booked_while_the_attempt_goes_on(kind: str)
                     await asyncio.sleep(0.01)
             return True
 
-    assert asyncio.run(ask(Routers(r1=kind)))
+    routers = Routers(r1=kind)
+    assert asyncio.run(ask(routers))
     assert routers.asked == [1]
 
 
