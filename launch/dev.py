@@ -122,7 +122,7 @@ async def _is_to_restart(name: str, source: Source, saved: set[Path]) -> bool:
         return False
     if error := source.error:
         where = f"{_shown(error.filename, source.root)}, line {error.lineno or 1}"
-        say(f"dev: {name} goes on as it was: {where}: {error.msg}: {(error.text or '').strip()}")
+        say(f"dev: {name} keeps running, not restarted: {where}: {error.msg}: {(error.text or '').strip()}")
     else:
         say(f"dev: {name} restarts, because you saved {', '.join(_shown(file, source.root) for file in changed)}")
     return source.error is None

@@ -61,7 +61,7 @@ def says_that_it_serves(log: Path, num_bytes: int) -> bool:
     """A component, in what it has logged after the first `num_bytes`."""
     with log.open("rb") as file:
         file.seek(num_bytes)
-        return ": serving " in _clean(file.read())
+        return re.search(rb"\bserving (inference/|http://)", file.read()) is not None
 
 
 def _clean(line: bytes) -> str:

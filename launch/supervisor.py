@@ -120,8 +120,8 @@ class Supervisor:
             if is_serving:
                 self._take_over(name, new)
             else:
-                say(f"supervisor: {name} goes on as it was: the new one {how_it_ended(new)}")
-                say(f"supervisor: its last line: {''.join(last_lines(log, 1))}")
+                say(f"supervisor: the new {name} {how_it_ended(new)}; the old one keeps serving")
+                self._show_last_line(name)
         finally:
             if self._processes[name] is not new:
                 kill_group(new)
@@ -157,7 +157,10 @@ class Supervisor:
         when = f" in {pause_s:.0f} s" if pause_s else ""
         say(f"supervisor: {name} {how_it_ended(process)}; it is started again{when}, the others are left alone")
         if process.returncode > 0:
-            say(f"supervisor: its last line: {''.join(last_lines(self.log_file(name), 1))}")
+            self._show_last_line(name)
+
+    def _show_last_line(self, name: str) -> None:
+        say(f"supervisor: its last line: {''.join(last_lines(self.log_file(name), 1))}")
 
     async def _pause(self, name: str, pause_s: float) -> None:
         """At once when somebody asks for a restart meanwhile: what kept it from staying up is mended, perhaps."""

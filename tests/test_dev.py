@@ -53,7 +53,7 @@ def test_a_file_belongs_to_those_who_import_it(file: str, components: set[str]) 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """Two scripts that stay up: `first` imports common.both and common.page.one, `second` only common.both."""
-    stays_up = "import time\nprint('up: serving it', flush=True)\ntime.sleep(600)\n"
+    stays_up = "import time\nprint('up: serving http://', flush=True)\ntime.sleep(600)\n"
     files = {
         "first.py": "from common.page import one\nimport common.both\n" + stays_up,
         "second.py": "from common.both import BOTH\n" + stays_up,
@@ -135,7 +135,7 @@ class TestRestartOnSave:
     ) -> None:
         before = pids()
         (tree / "common/both.py").write_text("BOTH = 1\nBOTH = (\n")
-        said = "goes on as it was: common/both.py, line 2: '(' was never closed: BOTH = ("
+        said = "keeps running, not restarted: common/both.py, line 2: '(' was never closed: BOTH = ("
         output = ""
 
         def said_by_both() -> bool:
@@ -180,7 +180,7 @@ class TestRestartOnSave:
         good = script.read_text()
         script.write_text("import time\ntime.sleep(0.2)\nnonsense\n")
         await until(lambda: is_told("its last line: NameError: name 'nonsense' is not defined"))
-        assert is_told("first goes on as it was: the new one died (exit status 1)")
+        assert is_told("the new first died (exit status 1); the old one keeps serving")
         script.write_text("import time\ntime.sleep(600)\n")  # never serves
         await until(lambda: len(psutil.Process().children()) == 3)
         assert pids()["first"] == before
@@ -257,7 +257,7 @@ def test_the_real_frontend_and_processor_serve_what_was_saved(launched: tuple[Pa
     assert after["engine"] == before["engine"]
 
     edit(checkout / "common/text/choice.py", "import math", "import math(")
-    said = "dev: processor goes on as it was: common/text/choice.py, line 5: invalid syntax: import math("
+    said = "dev: processor keeps running, not restarted: common/text/choice.py, line 5: invalid syntax: import math("
     wait_until(lambda: said in (checkout / "output").read_text(), 30, "the error")
     edit(checkout / "common/text/choice.py", "import math(", "import math\nmeth.pi")
     said = "supervisor: its last line: NameError: name 'meth' is not defined"
