@@ -210,7 +210,8 @@ def launched(tmp_path: Path, embedded_model: str) -> Iterator[tuple[Path, str]]:
     checkout = copy_checkout(tmp_path / "checkout")
     use_fake_engine(checkout)
     ports = {f"{name}_PORT": str(free_port()) for name in ("NATS", "NATS_MONITORING", "ETCD", "HTTP")}
-    cleared = dict.fromkeys(("NATS_SERVER", "ETCD_ENDPOINTS", "MODEL", "RUN_ONCE", "DATA_DIR"), "")
+    unset = "NATS_SERVER", "ETCD_ENDPOINTS", "MODEL", "RUN_ONCE", "DATA_DIR", "PYTHONDONTWRITEBYTECODE"
+    cleared = dict.fromkeys(unset, "")
     with (checkout / "output").open("w") as output:
         command = [sys.executable, "-m", "launch.dev"]
         dev = subprocess.Popen(command, cwd=checkout, env=os.environ | ports | cleared, stdout=output, stderr=output)
