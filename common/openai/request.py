@@ -119,6 +119,7 @@ ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Fie
 
 _JSON_FORMATS = (JsonSchemaFormat, JsonObjectFormat)
 _FREE_TOOL_CHOICE: dict[str, Any] = {"properties": {"tool_choice": {"enum": ["none", "auto", None]}}}
+_CLEAR_CHOICE: dict[str, Any] = {"anyOf": [{"enum": ["none", "required"]}, {"type": "object"}]}
 _FREE_FORMAT = any_of(absent("response_format"), present("response_format", properties={"type": {"const": "text"}}))
 
 
@@ -136,6 +137,7 @@ class ChatCompletionRequest(StrictModel):
         any_of(absent("top_logprobs"), present("logprobs", const=True)),
         any_of(absent("stream_options"), present("stream", const=True)),
         any_of(_FREE_TOOL_CHOICE, present("tools", minItems=1)),
+        any_of(_FREE_FORMAT, absent("tools"), present("tools", maxItems=0), present("tool_choice", **_CLEAR_CHOICE)),
         any_of(present("min_tokens", const=0), absent("min_tokens"), {"allOf": [_FREE_TOOL_CHOICE, _FREE_FORMAT]}),
     ]
     model: str = Field(min_length=1, description="One that GET /v1/models lists; any other is a 404.")
@@ -216,7 +218,10 @@ class ChatCompletionRequest(StrictModel):
             except ValueError as error:
                 raise ValueError(f"tools: all together, {error}") from error
         elif self.usable_tools and self.answer_schema is not None:
-            raise ValueError("response_format: beside tools that the model may choose to call, only text is supported")
+            raise ValueError(
+                "response_format: beside tools that the model may choose to call, only text is supported: "
+                'a grammar for JSON leaves no room for a call; tool_choice "required" or "none" says which is wanted'
+            )
         return self
 
     @property
