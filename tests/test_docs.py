@@ -326,11 +326,11 @@ class TestWithoutTheModel:
             )
             return sum(map(int, re.findall(r"\d+", text)))
 
-        engine = bench.pipeline.fake_engine()
+        engine = bench.pipeline.fake_engine("--token-interval-ms", "2")  # faster ones may come several at once
         bench.pipeline.wait_ready()
         before = num_messages()
         answer = ask(bench.pipeline, MODEL, max_tokens=500, stream=True)
-        assert answer.text.count("data: ") > 400
+        assert answer.text.count("data: ") > 100
         assert num_messages() - before < 50
         bench.retire(engine)
 
