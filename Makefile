@@ -96,7 +96,7 @@ check-exercise-%: model
 	@$(VENV_PYTHON) -m pytest --exitfirst --quiet --no-header --tb=short -rN docs/exercises/check_$*_*.py
 
 test: model
-	@$(VENV_PYTHON) -m tests.side_by_side -m 'not long and not clients'
+	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup -m 'not long and not clients'
 
 test-long: model
 	@$(VENV_PYTHON) -m pytest -m long

@@ -12,30 +12,17 @@ from tests import programs
 from tests.model_copies import make_hermes_model, make_thinking_model
 from tests.processes import MODEL, ROOT, Infra, Pipeline, new_pipeline, running
 
-TEST_FILES = sorted(path.name for path in Path(__file__).parent.glob("test_*.py"))
 _num_skipped: Counter[str] = Counter()  # by the program that was missing
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--part", default="1/1", help="which part of the tests to run, such as 2/3 (tests/side_by_side.py)"
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs several files side by side; what shares the real model stays together."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
-    part, num_parts = map(int, config.getoption("--part").split("/"))
-    if num_parts > 1:
-        others = [item for item in items if _part_of(item, num_parts) != part]
-        items[:] = [item for item in items if _part_of(item, num_parts) == part]
-        config.hook.pytest_deselected(items=others)
-
-
-def _part_of(item: pytest.Item, num_parts: int) -> int:
-    """The first has what shares the real model, the others take turns at the rest of the files."""
-    if item.get_closest_marker("pipeline"):
-        return 1
-    return 2 + TEST_FILES.index(item.path.name) % (num_parts - 1)
+    for item in items:
+        item.add_marker(
+            pytest.mark.xdist_group("the real model" if item.get_closest_marker("pipeline") else item.path.name)
+        )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -44,8 +31,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if not programs.is_installed(program):
                 if programs.ARE_REQUIRED:
                     pytest.fail(f"{program} is not installed", pytrace=False)
-                _num_skipped[program] += 1
+                item.user_properties.append(("missing", program))
                 pytest.skip(f"{program} is not installed")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "setup":
+        _num_skipped.update(str(program) for name, program in report.user_properties if name == "missing")
 
 
 def pytest_unconfigure() -> None:
