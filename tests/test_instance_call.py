@@ -1,38 +1,69 @@
 """Waiting that somebody else can end."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from common.dynamo.instances import InstanceCall, InstanceFailed
+from common.dynamo.instances import CallBroke, InstanceCall, InstanceFailed, NotDelivered
 from common.dynamo.runtime import Context
 
 
-async def nothing() -> None:
+async def dicts(*items: Any) -> AsyncIterator[Any]:
+    """These, and then nothing more for a long time; an exception among them is raised."""
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
     await asyncio.Event().wait()
+
+
+async def opened(stream: AsyncIterator[Any], context: Context | None = None) -> InstanceCall:
+    async def opening() -> AsyncIterator[Any]:
+        return stream
+
+    call = InstanceCall(context or Context(), generation=1)
+    await call.open(opening())
+    return call
+
+
+async def nothing() -> AsyncIterator[Any]:
+    return await asyncio.Future()
 
 
 def test_giving_up_ends_the_waiting_and_stops_the_worker() -> None:
     async def scenario() -> None:
         context = Context()
-        call = InstanceCall(context, generation=1)
+        call = await opened(dicts(), context)
         asyncio.get_running_loop().call_soon(call.give_up, "it is gone")
         async with asyncio.timeout(5):
             with pytest.raises(InstanceFailed, match="it is gone"):
-                await call.wait_for(nothing())
+                await call.next()
         assert context.is_stopped()
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_is_given_up_before_it_has_arrived_may_be_made_again() -> None:
+    async def scenario() -> None:
+        call = InstanceCall(Context(), generation=1)
+        asyncio.get_running_loop().call_soon(call.give_up, "it is gone")
+        async with asyncio.timeout(5):
+            with pytest.raises(NotDelivered, match="it is gone"):
+                await call.open(nothing())
 
     asyncio.run(scenario())
 
 
 def test_a_call_that_was_given_up_between_two_dicts_waits_for_none() -> None:
     async def scenario() -> None:
-        call = InstanceCall(Context(), generation=1)
-        assert await call.wait_for(asyncio.sleep(0, "first")) == "first"
+        call = await opened(dicts("first"))
+        assert await call.next() == "first"
         call.give_up("it is gone")
         async with asyncio.timeout(5):
             with pytest.raises(InstanceFailed, match="it is gone"):
-                await call.wait_for(nothing())
+                await call.next()
 
     asyncio.run(scenario())
 
@@ -40,8 +71,8 @@ def test_a_call_that_was_given_up_between_two_dicts_waits_for_none() -> None:
 @pytest.mark.parametrize("is_given_up", [False, True])
 def test_who_is_cancelled_itself_is_cancelled(is_given_up: bool) -> None:
     async def scenario() -> None:
-        call = InstanceCall(Context(), generation=1)
-        waiting = asyncio.create_task(call.wait_for(nothing()))
+        call = await opened(dicts())
+        waiting = asyncio.create_task(call.next())
         await asyncio.sleep(0)
         waiting.cancel()
         if is_given_up:
@@ -52,13 +83,17 @@ def test_who_is_cancelled_itself_is_cancelled(is_given_up: bool) -> None:
     asyncio.run(scenario())
 
 
-def test_the_end_of_a_stream_and_its_errors_arrive_as_they_are() -> None:
-    async def items() -> None:
-        raise StopAsyncIteration
+def test_the_end_of_a_stream_is_a_failure_and_its_errors_arrive_as_they_are() -> None:
+    async def ended() -> AsyncIterator[Any]:
+        for item in ():
+            yield item
 
     async def scenario() -> None:
-        call = InstanceCall(Context(), generation=1)
-        with pytest.raises(StopAsyncIteration):
-            await call.wait_for(items())
+        with pytest.raises(InstanceFailed, match="without a finish_reason"):
+            await (await opened(ended())).next()
+        raised = ValueError("by the worker")
+        with pytest.raises(CallBroke) as broke:
+            await (await opened(dicts(raised))).next()
+        assert broke.value.__cause__ is raised
 
     asyncio.run(scenario())

@@ -42,7 +42,7 @@ def why_given_up(client: LeftEtcd, then: Callable[[], None] = lambda: None) -> s
             then()
             async with asyncio.timeout(5):
                 with pytest.raises(InstanceFailed) as failure:
-                    await call.wait_for(asyncio.Event().wait())
+                    await call.open(asyncio.Future())
         return str(failure.value)
 
     return asyncio.run(scenario())
