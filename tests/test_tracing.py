@@ -75,7 +75,6 @@ def test_each_process_says_in_json_what_it_did(scripts: Pipeline) -> None:
         assert "time_to_first_token_s" not in line
     assert lines["frontend"]["model"] == lines["processor"]["model"] == CHAT["model"]
     assert lines["engine"]["finish_reason"] == "length"
-    assert lines["frontend"]["duration_s"] >= lines["processor"]["duration_s"] >= lines["engine"]["duration_s"]
 
 
 def test_the_time_to_the_first_token_is_that_of_a_stream(scripts: Pipeline) -> None:
