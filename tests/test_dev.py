@@ -171,6 +171,10 @@ class TestRestartOnSave:
         self, tree: Path, pids: Callable[[], dict[str, int]], capsys: pytest.CaptureFixture[str]
     ) -> None:
         before, script, output = pids()["first"], tree / "first.py", ""
+        others = {child.pid for child in psutil.Process().children()} - set(pids().values())  # of other tests
+
+        def children() -> set[int]:
+            return {child.pid for child in psutil.Process().children()} - others
 
         def is_told(line: str) -> bool:
             nonlocal output
@@ -182,11 +186,11 @@ class TestRestartOnSave:
         await until(lambda: is_told("its last line: NameError: name 'nonsense' is not defined"))
         assert is_told("the new first died (exit status 1); the old one keeps serving")
         script.write_text("import time\ntime.sleep(600)\n")  # never serves
-        await until(lambda: len(psutil.Process().children()) == 3)
+        await until(lambda: len(children()) == 3)
         assert pids()["first"] == before
         script.write_text(good)  # takes the place of the one that is starting
         await until(lambda: pids()["first"] != before)
-        await until(lambda: {child.pid for child in psutil.Process().children()} == set(pids().values()))
+        await until(lambda: children() == set(pids().values()))
         assert is_told(f"first started, pid {pids()['first']}")
 
     async def test_a_module_that_is_imported_only_now_is_watched_too(

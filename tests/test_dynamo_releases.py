@@ -81,7 +81,7 @@ def test_a_stream_whose_worker_is_killed_is_broken_and_not_unanswered() -> None:
 def test_a_reader_that_stands_still_holds_up_no_other_stream() -> None:
     found = ask("stalled")[0]
     assert found["num_items"] > 100
-    assert found["longest_pause_s"] < 0.5  # a busy machine itself pauses for 0.2 s; the reader stands still for seconds
+    assert found["longest_pause_s"] < 2  # 0.04 to 0.06 on an idle machine; one that was held up would pause for good
 
 
 def test_an_endpoint_is_opened_at_once_while_streams_are_read() -> None:

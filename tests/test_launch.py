@@ -141,7 +141,7 @@ def test_a_taken_port_names_itself_its_program_its_holder_and_the_way_out() -> N
     frontend = Program(name="frontend", command=[], environ={}, ports={"HTTP_PORT": port})
     with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler), pytest.raises(LaunchError) as caught:
         frontend.require_free_ports()
-    holder = rf"python\S* \(pid {os.getpid()}\)"
+    holder = rf"{re.escape(psutil.Process().name())} \(pid {os.getpid()}\)"
     way_out = "stop that, or choose another port with HTTP_PORT"
     assert re.fullmatch(f"port {port}, for frontend, is taken by {holder}: {way_out}", str(caught.value))
     frontend.require_free_ports()
