@@ -95,9 +95,11 @@ status:
 check-exercise-%: model
 	@$(VENV_PYTHON) -m pytest --exitfirst --quiet --no-header --tb=short -rN docs/exercises/check_$*_*.py
 
-# In the order of the files: the tests on the real model, which take the longest together, begin early.
+# TEST_JOBS=3: three files side by side. Tests that measure time may fail beside others.
+TEST_JOBS ?= 0
+
 test: model
-	@$(VENV_PYTHON) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m 'not long and not clients'
+	@$(VENV_PYTHON) -m pytest -n $(TEST_JOBS) --dist loadgroup --no-loadscope-reorder -m 'not long and not clients'
 
 test-long: model
 	@$(VENV_PYTHON) -m pytest -m long

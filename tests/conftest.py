@@ -17,7 +17,7 @@ _num_skipped: Counter[str] = Counter()  # by the program that was missing
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` runs several files side by side; what shares the real model stays together."""
+    """Where several files run side by side, what shares the real model stays together."""
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     for item in items:
         item.add_marker(
