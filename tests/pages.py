@@ -135,4 +135,4 @@ class Launch:
         """Ctrl-C."""
         if self.popen.poll() is None:
             os.killpg(self.popen.pid, signal.SIGINT)
-            self.popen.wait(60)
+            self.popen.wait(150)

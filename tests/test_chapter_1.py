@@ -113,7 +113,7 @@ def test_workers_end_and_the_frontend_is_lost_when_etcd_hangs(chapter: Launch, e
     chapter.other_terminal(hanging.command.replace("sleep 15", "sleep 5"))
     said = [each.text for each in blocks(PAGE) if each.text.startswith("supervisor: processor stopped")]
     chapter.wait_for(said[0].splitlines()[0], 30)
-    assert engine_step_1.running.wait(30) == 0
+    assert engine_step_1.running.wait(90) == 0
     engine_step_1.start()
     wait_until(lambda: "processor/process" in chapter.other_terminal("etcdctl get --prefix v1/instances"), 60, "both")
     assert chapter.other_terminal(block(PAGE, CURL).command) == "Internal Server Error"
