@@ -79,9 +79,13 @@ def test_a_stream_whose_worker_is_killed_is_broken_and_not_unanswered() -> None:
 
 
 def test_a_reader_that_stands_still_holds_up_no_other_stream() -> None:
-    found = ask("stalled")[0]
-    assert found["num_items"] > 100
-    assert found["longest_pause_s"] < 2  # 0.04 to 0.06 on an idle machine; one that was held up would pause for good
+    def longest_pause_s() -> float:
+        found = ask("stalled")[0]
+        assert found["num_items"] > 100
+        pause_s: float = found["longest_pause_s"]
+        return pause_s
+
+    assert any(longest_pause_s() < 0.2 for _ in range(3))  # 0.04 to 0.06 on an idle machine; a busy one pauses itself
 
 
 def test_an_endpoint_is_opened_at_once_while_streams_are_read() -> None:

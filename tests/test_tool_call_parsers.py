@@ -20,7 +20,7 @@ from common.text.tool_call_parsers import SGLangToolCallReader, check_parser
 from common.wire import EngineChunk, EngineDescription, ProcessorChunk
 from tests.processes import MODEL, ROOT
 from tests.test_chat_template import OTHER_FORM, WEATHER
-from tests.test_tool_calls import arguments
+from tests.test_tool_calls import arguments, read_whole
 from tests.tokenizers_for_tests import few_examples
 
 ROME = '{"city": "Rome"}'
@@ -83,10 +83,7 @@ def test_a_call_is_read_streamed_and_not(form: str) -> None:
 
 def read(reader: SGLangToolCallReader, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     """Content, names and arguments."""
-    whole = ProcessorChunk()
-    for piece in pieces:
-        whole.add(reader.push(piece))
-    whole.add(reader.flush())
+    whole = read_whole(reader, pieces)
     calls: list[tuple[str, str]] = []
     for delta in whole.tool_calls:
         if delta.name:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang.srt.entrypoints.openai.protocol import Function, Tool
 from sglang.srt.function_call.hermes_detector import HermesDetector
 
-from common.text.tool_calls import ToolCallReader, forced_calls_reader, hermes_reader
+from common.text.tool_calls import TextReader, ToolCallReader, forced_calls_reader, hermes_reader
 from common.wire import ProcessorChunk
 from tests.tokenizers_for_tests import few_examples
 
@@ -41,11 +41,17 @@ class Read:
     has_called: bool
 
 
-def read(reader: ToolCallReader, pieces: Iterable[str]) -> Read:
+def read_whole(reader: TextReader, pieces: Iterable[str]) -> ProcessorChunk:
+    """All chunks as one."""
     whole = ProcessorChunk()
     for piece in pieces:
         whole.add(reader.push(piece))
     whole.add(reader.flush())
+    return whole
+
+
+def read(reader: ToolCallReader, pieces: Iterable[str]) -> Read:
+    whole = read_whole(reader, pieces)
     calls: list[tuple[str, str]] = []
     for delta in whole.tool_calls:
         if delta.name is not None:
