@@ -1,10 +1,11 @@
 """Loads on peers, side by side: a table, a plot and a JSON file."""
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from bench.measures import Measures
 from bench.peers import PEERS, Peer, Setting
 from bench.processes import ROOT, frozen
 from bench.report import row, write_report
-from bench.routing import measure_routing
+from bench.routing import POLICIES, ROUTED, Replicas, measure_routing
 from bench.serving import BenchServing
 
 MODEL = "models/SmolLM2-135M-Instruct"
@@ -32,9 +33,11 @@ PEERS_OF_LANE = {
     "gpu": ("engine", "sglang", "dynamo", "chapter", "ours"),
     "growth": ("ours",),
     "client": ("instant",),
+    "routing": ("ours",),
+    "routing on GPUs": ("ours", "sglang", "dynamo"),
 }
 CONCURRENCY_OF_LANE = {"gpu": (256, 32, 1), "cpu": (256, 128, 64, 32, 8, 1), "client": (256, 64, 1)}
-REQUESTS_PER_USER = {1: 12, 8: 8, 32: 6, 64: 6, 128: 5, 256: 4}
+REQUESTS_PER_USER = {1: 12, 8: 8, 32: 6, 64: 6, 128: 5, 256: 3}
 # Ten times the concurrency, the prompt, the answer; and 10,000 requests, for the memory.
 GROWTH = ((12, 40, 128, 64), (120, 6, 128, 64), (12, 40, 128, 640), (12, 15, 1280, 64), (64, 157, 128, 64))
 CPU_ENGINE_ARGS = ("--device", "cpu", "--disable-overlap-schedule", "--grammar-backend", "llguidance")
@@ -62,8 +65,9 @@ def loads(args: argparse.Namespace) -> list[Load]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("lane", choices=[*PEERS_OF_LANE, "hops", "routing"], help=LANES)
+    parser.add_argument("lane", choices=["cpu", "gpu", "growth", "client", "hops", "routing"], help=LANES)
     parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), help="default: all of the lane")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES, help="routing: which of ours")
     parser.add_argument("--concurrency", type=int, nargs="+", metavar="N", help="default: those of the lane")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
@@ -106,7 +110,11 @@ def start_all(peers: Sequence[Peer], timeout_s: float) -> list[Peer]:
 def measure_all(peers: Sequence[Peer], loads: Sequence[Load], num_rounds: int, until: float) -> Iterator[Measures]:
     """Peers in turn, so that each round sees all of them under the same conditions. Only one peer's SGLang runs at a
     time. until: a time of `time.monotonic` after which nothing new is started."""
-    in_turn = [(load, peer) for _ in range(num_rounds) for load in loads for peer in peers]
+    in_turn = [
+        (load, peer)
+        for _, load, peer in itertools.product(range(num_rounds), loads, peers)
+        if load.num_users >= peer.least_concurrency
+    ]
     for number, (load, peer) in enumerate(in_turn, 1):
         if time.monotonic() < until:
             with frozen([process for other in peers if other is not peer for process in other.schedulers()]):
@@ -121,6 +129,11 @@ def measure(peer: Peer, load: Load) -> Measures:
         cpu_s, measured.rss_mib[child.name] = child.usage()
         measured.cpu_ms_per_request[child.name] = (cpu_s - cpu_s_before) * 1000 / load.num_requests
     return measured
+
+
+def write_table(args: argparse.Namespace, table: str) -> None:
+    (args.out / f"{args.lane}.md").write_text(table)
+    print(table)
 
 
 def main() -> None:
@@ -138,19 +151,20 @@ def main() -> None:
         is_engine_fake=not is_gpu,
         bench_serving=BenchServing(folder) if is_serving else None,
     )
-    if args.lane in ("hops", "routing"):
-        if args.lane == "hops":
-            table = measure_hops(setting, num_requests=100, timeout_s=args.start_timeout)
-        else:
-            table = measure_routing(setting, num_rounds=args.rounds, timeout_s=args.start_timeout)
-        (args.out / f"{args.lane}.md").write_text(table)
-        print(table)
+    if args.lane == "hops":
+        write_table(args, measure_hops(setting, num_requests=100, timeout_s=args.start_timeout))
         return
+    is_routing = args.lane == "routing"
+    kinds: Mapping[str, type[Peer]] = ROUTED if is_routing else PEERS
+    names = args.peers or PEERS_OF_LANE["routing on GPUs" if is_routing and is_gpu else args.lane]
     done: list[Measures] = []
     peers: list[Peer] = []
     try:
-        names = args.peers or PEERS_OF_LANE[args.lane]
-        peers = start_all([PEERS[name](setting) for name in names], args.start_timeout)
+        peers = start_all([kinds[name](setting) for name in names], args.start_timeout)
+        if is_routing:
+            routed = [peer for peer in peers if isinstance(peer, Replicas)]
+            write_table(args, measure_routing(setting, routed, args.policies, num_rounds=args.rounds, until=until))
+            return
         for measured in measure_all(peers, loads(args), 1 if args.quick else args.rounds, until):
             done.append(measured)
             print(" | ".join(filter(None, row(measured))), flush=True)

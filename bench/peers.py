@@ -13,11 +13,11 @@ import psutil
 
 from bench.client import Load, Outcome, Reply, run_load
 from bench.measures import Measures, of_bench_serving, of_outcome
-from bench.processes import ROOT, Child, Infra, answers, free_port, wait_until
+from bench.processes import PYTHONPATH, Child, Infra, answers, free_port, wait_until
 from bench.serving import BenchServing, load_args
 
 # SGLang's own server and Dynamo's processes log lines for every request; ours keep their default of one line each.
-_QUIET = {"DYN_LOG": "error"}
+QUIET = {"DYN_LOG": "error"}
 _GRACE_S = 1.5  # for a process to end by itself; there is nothing left to lose
 
 
@@ -48,6 +48,7 @@ class Peer:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    least_concurrency: ClassVar[int] = 0  # not measured below
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -168,7 +169,7 @@ class Chapter(DynamoPeer):
     name, title = "chapter", "the chapter, taken literally"
 
     def start_scripts(self) -> None:
-        env = self.infra.env | _QUIET
+        env = self.infra.env | QUIET
         script, model = self.setting.script, self.setting.model
         self.child("engine", self.setting.engine_script("docs/chapter-1/engine_step_1.py"), **env)
         self.child("processor", script("docs/chapter-1/processor.py", "--model", model), **env)
@@ -177,12 +178,13 @@ class Chapter(DynamoPeer):
 
 class Dynamo(DynamoPeer):
     name, title = "dynamo", "`dynamo.frontend` + `dynamo.sglang`"
+    least_concurrency = 64  # it takes a minute for what others do in ten seconds
 
     def worker(self) -> list[str]:
         return ["-m", "dynamo.sglang", "--model-path", self.setting.model, *self.setting.engine_args]
 
     def start_scripts(self) -> None:
-        env = self.infra.env | _QUIET
+        env = self.infra.env | QUIET
         self.child("worker", [sys.executable, *self.worker()], **env)
         frontend = ["-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
         self.child("frontend", [sys.executable, *frontend], **env)
@@ -190,6 +192,7 @@ class Dynamo(DynamoPeer):
 
 class DynamoMocker(Dynamo):
     name, title = "mocker", "`dynamo.frontend` + `dynamo.mocker`"
+    least_concurrency = 0
 
     def worker(self) -> list[str]:
         return ["-m", "dynamo.mocker", "--model-path", self.setting.model, "--speedup-ratio", "1000000"]
@@ -211,7 +214,7 @@ class EngineAlone(Peer):
 
     def start(self) -> None:
         command = self.setting.engine_script("bench/engine_alone.py")
-        env, log_path = {"PYTHONPATH": str(ROOT)}, self.folder / "engine.log"
+        env, log_path = {"PYTHONPATH": PYTHONPATH}, self.folder / "engine.log"
         self.children.append(Child("engine", command, log_path, env, subprocess.PIPE, subprocess.PIPE).start())
 
     def is_ready(self) -> bool:

@@ -17,6 +17,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+# For processes whose script is in another folder.
+PYTHONPATH = os.pathsep.join(filter(None, (str(ROOT), os.getenv("PYTHONPATH"))))
 # engine.py switches our SGLang plugins on by itself. Everybody else runs as it came, whatever the shell has exported.
 _AS_IT_CAME = {"DYN_CHAT_SGLANG_PLUGINS": ""}
 

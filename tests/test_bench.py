@@ -1,5 +1,6 @@
 """The harness itself: its loads, its figures, its table and plot, on a server that answers at once."""
 
+import asyncio
 import json
 import os
 import re
@@ -7,13 +8,16 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from bench import __main__ as bench_main
+from bench import routing
 from bench.client import Load, Outcome, Reply
+from bench.fake_sglang.engine import Engine
 from bench.hops import POINTS, hops
 from bench.measures import of_bench_serving, of_outcome
 from bench.peers import PEERS, Instant, Ours, Setting
@@ -97,7 +101,9 @@ def test_peers_run_untouched_by_our_sglang_plugins(tmp_path: Path, monkeypatch: 
     started: list[Child] = []
     monkeypatch.setattr(Child, "start", lambda child: started.append(child) or child)
     monkeypatch.setattr(Infra, "start", lambda infra: None)
-    others = [peer for peer in PEERS.values() if not issubclass(peer, Ours)]
+    others = [
+        peer for peer in (*PEERS.values(), *routing.ROUTED.values()) if not issubclass(peer, (Ours, routing.Ours))
+    ]
     for peer in others:
         peer(Setting("model", tmp_path)).start()
     assert {child.log_path.parent.name for child in started} >= {peer.name for peer in others}
@@ -132,3 +138,20 @@ def test_schedulers_of_all_peers_share_a_cpu(tmp_path: Path, monkeypatch: pytest
     finally:
         for peer in peers:
             peer.stop()
+
+
+def test_a_fake_engines_stream_has_an_end_however_slow_its_reader_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 2048, "vocab_size": 49152}')
+
+    async def read_slowly() -> list[dict[str, Any]]:
+        engine = Engine(server_args=SimpleNamespace(model_path=str(tmp_path), context_length=None))
+        stream = await engine.async_generate(input_ids=[1], sampling_params={"max_new_tokens": 8}, stream=True)
+        items = []
+        async for item in stream:
+            items.append(item)
+            await asyncio.sleep(0.01)  # longer than all its steps
+        return items
+
+    items = asyncio.run(asyncio.wait_for(read_slowly(), 10))
+    assert [item["meta_info"]["finish_reason"] for item in items] == [None, {"type": "length", "length": 8}]
+    assert len(items[-1]["output_ids"]) == 8

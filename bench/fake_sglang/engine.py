@@ -82,8 +82,9 @@ class TokenizerManager:
         while True:
             await request.event.wait()
             request.event.clear()
-            yield request.item()
-            if request.finish_reason is not None:
+            item = request.item()
+            yield item
+            if item["meta_info"]["finish_reason"] is not None:  # it may have finished since: then there is one more
                 return
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:

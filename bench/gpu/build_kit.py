@@ -3,8 +3,8 @@
     .venv/bin/python bench/gpu/build_kit.py TOKENIZER_FOLDER [KIT_FOLDER]
 
 The machine has Python 3.12, PyTorch with the CUDA libraries that it brings, transformers, and no network. It gets
-everything else of requirements.txt, checked against its hashes: as KIT_FOLDER/part.NN (default `.kit`), and
-KIT_FOLDER/run, which unpacks them there. PyTorch is among it: SGLang needs its own release of it.
+everything else of requirements.txt, and SGLang's router as a peer, all checked against hashes: as KIT_FOLDER/part.NN
+(default `.kit`), and KIT_FOLDER/run, which unpacks them there. PyTorch is among it if another release is pinned.
 
 Code for other GPUs than the machine's is blanked out: that is most of PyTorch and NCCL, and it compresses to nothing.
 """
@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 PART_BYTES = 60_000_000
 GPU = 90  # an H100's architecture
+# What the machine's release of PyTorch comes with.
+PYTORCH, WITH_PYTORCH = "torch==2.11.0", {"torch", "torchvision", "triton", "nvidia-nccl-cu13"}
+PEER = "sglang-router==0.3.2 --hash=sha256:ba5a24951e5e0357fe390782fcd1abd861448a87216832dbf2e501a1dd1548eb\n"
 PYTHON = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_39")
 
 # Never used there, and large: kernels for other GPUs or other attention backends, what compiles C++, licences.
@@ -58,8 +61,10 @@ def main(tokenizer: Path, kit: Path) -> None:
 def install(site: Path) -> None:
     """The packages of requirements.txt that the machine lacks."""
     there = set((HERE / "not_in_the_kit.txt").read_text().split())
+    if any(text.startswith(f"{PYTORCH} ") for _, text in pinned()):
+        there |= WITH_PYTORCH
     requirements = site.parent / "requirements.txt"
-    requirements.write_text("".join(text for name, text in pinned() if name not in there))
+    requirements.write_text("".join(text for name, text in pinned() if name not in there) + PEER)
     uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(site), "--link-mode", "copy"]
     subprocess.run([*uv, *PYTHON, "--no-deps", "--require-hashes", "-r", str(requirements)], check=True)
 

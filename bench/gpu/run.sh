@@ -10,7 +10,8 @@ KIT=${KIT:-.kit}
 LIMIT_S=${LIMIT_S:-470}      # the whole command, unpacking included
 START_S=${START_S:-260}      # until all servers are up
 LANE=${LANE:-gpu}
-model=${MODEL:-/tmp/m}
+SHAPE=${SHAPE:-0.5B}         # of the random model: 0.5B or 3B
+model=${MODEL:-/tmp/model-$SHAPE}
 mkdir -p "$OUT"
 
 step "unpacking"
@@ -19,7 +20,7 @@ python3 bench/gpu/entry_points.py "$SITE"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python3 -c "from importlib.metadata import version; print({name: version(name) for name in ('torch', 'sglang', 'ai-dynamo')})"
 nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv,noheader
-[ -f "$model/config.json" ] || python3 "$KIT/run/make_random_model.py" "$model" "$KIT/run/tokenizer" > "$OUT/model.log" 2>&1
+[ -f "$model/config.json" ] || python3 "$KIT/run/make_random_model.py" "$model" "$KIT/run/tokenizer" "$SHAPE" > "$OUT/model.log" 2>&1
 ls "$model" > /dev/null || { tail -5 "$OUT/model.log"; exit 1; }
 
 left=$((LIMIT_S - ($(date +%s) - started)))
