@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -48,29 +48,24 @@ class AskRouter:
     async def __call__(
         self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext
     ) -> AsyncIterator[Chosen]:
-        booking = None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(ASKING_TIMEOUT_S):
-                booking = await self._ask(request, instance_ids, context)
-        if booking is None or booking.chosen is None:
-            async with self._without(request, instance_ids, context) as chosen:
-                yield chosen
-            return
-        try:
-            yield booking.chosen
-        finally:
-            self._end(booking)
+        async with AsyncExitStack() as booking:
+            chosen: Chosen | None = None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ASKING_TIMEOUT_S):
+                    chosen = await self._ask(request, instance_ids, context, booking)
+            if chosen is None:
+                chosen = await booking.enter_async_context(self._without(request, instance_ids, context))
+            yield chosen
 
     async def _ask(
-        self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext
-    ) -> "_Booking | None":
-        """None where nobody answers, or names none of these."""
-        if await self._router() is None:
-            return None
+        self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext, booking: AsyncExitStack
+    ) -> Chosen | None:
+        """None where nobody answers, or names none of these. What is booked ends with `booking`."""
         async with self._questions:
             while not context.is_stopped() and (router_id := await self._router()) is not None:
+                question, asked_s = self._question(router_id, request, instance_ids), time.monotonic()
                 try:
-                    return await self._book(router_id, self._question(router_id, request, instance_ids), instance_ids)
+                    found = await booking.enter_async_context(self._booked(router_id, question))
                 except TimeoutError as error:
                     if time.monotonic() - self._last_answer_s > SILENCE_S:  # otherwise it is only slow
                         self._rest(router_id, error)
@@ -80,6 +75,15 @@ class AskRouter:
                         self._announce(router_id, error)
                         return None
                     self._rest(router_id, error)  # one that was killed is still listed; another one may be there
+                    continue
+                self._last_answer_s, self._is_announced = time.monotonic(), False
+                if found.hashed_block_size == KV_BLOCK_SIZE:
+                    self._takes_hashes.add(router_id)
+                if found.worker_id in instance_ids:
+                    took_us = round((self._last_answer_s - asked_s) * 1e6)
+                    return Chosen(found.worker_id, RouteTrace(f"{router_id:x}", took_us, found.num_cached_tokens))
+                await booking.aclose()
+                return None
         return None
 
     def _question(self, router_id: int, request: dict[str, Any], instance_ids: Sequence[int]) -> dict[str, Any]:
@@ -91,33 +95,42 @@ class AskRouter:
             question = WorkerQuestion(list(instance_ids), num_tokens=len(token_ids), tokens_hashes=hashes)
         return Envelope.taken_from({**request}).around(to_wire(question))
 
-    async def _book(self, router_id: int, question: dict[str, Any], instance_ids: Sequence[int]) -> "_Booking | None":
-        """None where the router names none of these.
+    @asynccontextmanager
+    async def _booked(self, router_id: int, question: dict[str, Any]) -> AsyncIterator[WorkerFound]:
+        """The router's answer. Its stream stays open, and so the worker is booked, for as long as the block lasts.
 
         Raises:
             TimeoutError: no answer within ANSWER_TIMEOUT_S.
             Exception: what the runtime raises, and ValidationError for an answer that names no worker.
         """
-        booking, asked_s = _Booking(self._client, router_id, question), time.monotonic()
-        try:
-            found = await within_loop_time(booking.answer)
-            self._last_answer_s, self._is_announced = time.monotonic(), False
-            if found.hashed_block_size == KV_BLOCK_SIZE:
-                self._takes_hashes.add(router_id)
-            if found.worker_id not in instance_ids:
-                return None
-            waited_us = round((self._last_answer_s - asked_s) * 1e6)
-            route = RouteTrace(f"{router_id:x}", waited_us, found.num_cached_tokens)
-            booking.chosen = Chosen(found.worker_id, route)
-            return booking
-        finally:
-            if booking.chosen is None:
-                self._end(booking)
+        context = Context()
 
-    def _end(self, booking: "_Booking") -> None:
-        ending = asyncio.create_task(booking.end())
-        self._ending.add(ending)
-        ending.add_done_callback(self._ending.discard)
+        async def ask() -> tuple[WorkerFound, AsyncIterator[Any]]:
+            stream = await self._client.direct(question, router_id, context)
+            return msgspec.convert(await anext(stream), WorkerFound), stream
+
+        async def end() -> None:
+            """Stop it, and hold it until the router has heard: one that is dropped at once may stay booked.
+
+            So may one that is stopped before its answer: Dynamo 1.6 cancels such a call here, and does not tell the
+            router.
+            """
+            with suppress(Exception):
+                async with asyncio.timeout(_ENDING_TIMEOUT_S):
+                    _, stream = await answer
+                    context.stop_generating()
+                    async for _ in stream:
+                        pass
+            context.stop_generating()
+
+        answer = asyncio.create_task(ask())
+        try:
+            found, _ = await within_loop_time(answer)
+            yield found
+        finally:
+            ending = asyncio.create_task(end())
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
 
     async def _router(self) -> int | None:
         now = time.monotonic()
@@ -139,36 +152,6 @@ def _is_about_the_question(error: Exception) -> bool:
     """Whether the router answers other questions all the same."""
     is_an_answer = isinstance(error, msgspec.ValidationError) or releases.is_raised_by_worker(error)
     return is_an_answer or releases.is_too_large(error)
-
-
-class _Booking:
-    """One question to one router, and the open stream of its answer: when it is stopped, the booking there ends.
-
-    chosen: set where the answer is followed.
-    """
-
-    def __init__(self, client: Client, router_id: int, question: dict[str, Any]) -> None:
-        self.chosen: Chosen | None = None
-        self._context = Context()
-        self._stream: AsyncIterator[Any]
-        self.answer = asyncio.create_task(self._ask(client, router_id, question))
-
-    async def _ask(self, client: Client, router_id: int, question: dict[str, Any]) -> WorkerFound:
-        self._stream = await client.direct(question, router_id, self._context)
-        return msgspec.convert(await anext(self._stream), WorkerFound)
-
-    async def end(self) -> None:
-        """Stop it, and hold it until the router has heard: one that is dropped at once may stay booked.
-
-        So may one that is stopped before its answer: Dynamo 1.6 cancels such a call here, and does not tell the router.
-        """
-        with suppress(Exception):
-            async with asyncio.timeout(_ENDING_TIMEOUT_S):
-                await self.answer
-                self._context.stop_generating()
-                async for _ in self._stream:
-                    pass
-        self._context.stop_generating()
 
 
 async def within_loop_time(answer: asyncio.Future[T]) -> T:

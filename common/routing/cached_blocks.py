@@ -37,55 +37,61 @@ class _Page(NamedTuple):
     rest: list[int]
 
 
-_ROOT = _Page([], None, [])
+class _Listener(asyncio.Queue[dict[str, Any] | None]):
+    """What a router has yet to hear; None: there is no more. num_behind: changed blocks since it had heard of all."""
+
+    num_behind = 0
+
+    def cut_off(self) -> None:
+        """It hears no more, nor of what waits."""
+        while not self.empty():
+            self.get_nowait()
+        self.put_nowait(None)
 
 
 class CachedBlocks:
     """The engine says what it stores and removes, page by page, and then `publish`."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, _Page] = {}
+        self._listeners: set[_Listener] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Everything: nothing is known any more. Those who listen hear of it by the end of their streams."""
+        self._pages: dict[int | None, _Page] = {None: _Page([], None, [])}  # before the first one of a sequence
         self._blocks: dict[int, tuple[int | None, KvBlock]] = {}  # with the hash of the parent, which is further up
         self._num_pages: Counter[int] = Counter()  # that complete a block
         self._changes: list[KvEvent] = []
-        self._listeners: set[_Listener] = set()
+        for listener in self._listeners:
+            listener.cut_off()
 
     def store(self, page_hash: int, parent_hash: int | None, token_ids: Sequence[int]) -> None:
         """A page of tokens that follows another one; None: that begins a sequence."""
-        parent = _ROOT if parent_hash is None else self._pages.get(parent_hash)
+        parent = self._pages.get(parent_hash)
         if parent is None or page_hash in self._pages:
             return
-        completed, last_block, rest = [], parent.last_block, [*parent.rest, *token_ids]
-        while len(rest) >= KV_BLOCK_SIZE:
-            block, rest = _block_of(last_block, rest[:KV_BLOCK_SIZE]), rest[KV_BLOCK_SIZE:]
+        tokens, last_block, completed = [*parent.rest, *token_ids], parent.last_block, []
+        for tokens_hash in block_hashes(tokens):
+            block = KvBlock(chained_hash(last_block, tokens_hash), tokens_hash)
             self._num_pages[block.block_hash] += 1
             if self._num_pages[block.block_hash] == 1:
                 self._blocks[block.block_hash] = (last_block, block)
                 _append(self._changes, last_block, block)
             last_block = block.block_hash
             completed.append(last_block)
-        self._pages[page_hash] = _Page(completed, last_block, rest)
+        self._pages[page_hash] = _Page(completed, last_block, tokens[len(completed) * KV_BLOCK_SIZE :])
 
     def remove(self, page_hashes: Sequence[int]) -> None:
         pages = [self._pages.pop(page_hash) for page_hash in page_hashes if page_hash in self._pages]
-        if removed := [each for page in pages for each in page.completed if self._is_last_page_of(each)]:
+        completed = [block_hash for page in pages for block_hash in page.completed]
+        self._num_pages.subtract(completed)
+        if removed := [each for each in dict.fromkeys(completed) if not self._num_pages[each]]:
             for block_hash in removed:
                 del self._blocks[block_hash], self._num_pages[block_hash]
             self._changes.append(KvEvent(removed=BlocksRemoved(removed)))
 
-    def _is_last_page_of(self, block_hash: int) -> bool:
-        """Of those that complete it; one goes."""
-        self._num_pages[block_hash] -= 1
-        return self._num_pages[block_hash] == 0
-
     def clear(self) -> None:
-        self.remove(list(self._pages))
-
-    def forget(self) -> None:
-        """Everything: nothing is known any more. Those who listen hear of it by the end of their streams."""
-        self._pages, self._blocks, self._num_pages, self._changes = {}, {}, Counter(), []
-        for listener in list(self._listeners):
-            self._cut_off(listener)
+        self.remove([page_hash for page_hash in self._pages if page_hash is not None])
 
     def describe(self, max_num_tokens: int) -> CacheDescription:
         lowest = heapq.nsmallest(NUM_LOWEST_HASHES, self._blocks)
@@ -94,27 +100,25 @@ class CachedBlocks:
     def publish(self) -> None:
         """Tell everybody who listens of the changes since the last time."""
         if self._changes and self._listeners:
-            message = to_wire(KvEvents(self._changes))
-            num_blocks = sum(_num_blocks(event) for event in self._changes)
-            for listener in list(self._listeners):
+            message, num_blocks = to_wire(KvEvents(self._changes)), sum(map(_num_blocks, self._changes))
+            for listener in self._listeners:
+                if listener.empty():
+                    listener.num_behind = 0
                 if listener.num_behind > MAX_BEHIND:
-                    self._cut_off(listener)
+                    listener.cut_off()
                 else:
-                    listener.put(message, num_blocks)
+                    listener.put_nowait(message)
+                    listener.num_behind += num_blocks
         self._changes = []
-
-    def _cut_off(self, listener: "_Listener") -> None:
-        self._listeners.discard(listener)
-        listener.end()
 
     async def events(self, _request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
         """`KvEvents` as dicts: those that make up what is cached now, and then each change."""
         listener = _Listener()
         for cached_now in self._snapshot():
-            listener.put(cached_now, 0)
+            listener.put_nowait(cached_now)
         self._listeners.add(listener)
         try:
-            with when_stopped(context, listener.end):
+            with when_stopped(context, listener.cut_off):
                 while (message := await listener.get()) is not None:
                     yield message
         finally:
@@ -128,38 +132,9 @@ class CachedBlocks:
         return [to_wire(KvEvents(events[at : at + MAX_EVENTS])) for at in range(0, max(1, len(events)), MAX_EVENTS)]
 
 
-class _Listener:
-    """What a router has yet to hear. num_behind: blocks of it that have changed since it began."""
-
-    def __init__(self) -> None:
-        self.num_behind = 0
-        self._messages: asyncio.Queue[tuple[dict[str, Any] | None, int]] = asyncio.Queue()
-
-    def put(self, message: dict[str, Any], num_blocks: int) -> None:
-        self.num_behind += num_blocks
-        self._messages.put_nowait((message, num_blocks))
-
-    async def get(self) -> dict[str, Any] | None:
-        """None: there is no more."""
-        message, num_blocks = await self._messages.get()
-        self.num_behind -= num_blocks
-        return message
-
-    def end(self) -> None:
-        """It hears no more, nor of what waits."""
-        while not self._messages.empty():
-            self._messages.get_nowait()
-        self._messages.put_nowait((None, 0))
-
-
 def _num_blocks(event: KvEvent) -> int:
     num_removed = len(event.removed.block_hashes) if event.removed is not None else 0
     return num_removed + (len(event.stored.blocks) if event.stored is not None else 0)
-
-
-def _block_of(parent_hash: int | None, token_ids: list[int]) -> KvBlock:
-    (tokens_hash,) = block_hashes(token_ids)
-    return KvBlock(chained_hash(parent_hash, tokens_hash), tokens_hash)
 
 
 def _append(events: list[KvEvent], parent_hash: int | None, block: KvBlock) -> None:

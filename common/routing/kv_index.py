@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
+import orjson
 
 from common.dynamo.runtime import Client, Context
 from common.routing.kv_blocks import RadixTree
@@ -16,14 +17,6 @@ _LOOK_S = 0.1
 # Dynamo's tree keeps something of blocks that are gone, up to 1.4 KB each. It takes about 3 us per cached block to
 # build it anew.
 MAX_REMOVED = 1_000_000
-
-
-class _Dumped(msgspec.Struct):
-    worker_id: int
-    event: msgspec.Raw
-
-
-_dumped = msgspec.json.Decoder(_Dumped)
 
 
 class KvIndex:
@@ -49,18 +42,17 @@ class KvIndex:
         """As long as the process runs."""
         while True:
             try:
-                self._update(await self._client.instance_ids())
+                instance_ids = set(await self._client.instance_ids())
             except Exception as error:  # etcd is away: those who tell go on
                 logger.warning("cannot look for engines: %r", error)
+            else:
+                self.lost &= instance_ids
+                for worker_id in self._followed.keys() - instance_ids:
+                    self._followed.pop(worker_id).cancel()
+                for worker_id in instance_ids:
+                    if worker_id not in self._followed or self._followed[worker_id].done():
+                        self._followed[worker_id] = asyncio.create_task(self._follow(worker_id))
             await asyncio.sleep(_LOOK_S)
-
-    def _update(self, instance_ids: Sequence[int]) -> None:
-        self.lost &= set(instance_ids)
-        for worker_id in self._followed.keys() - set(instance_ids):
-            self._followed.pop(worker_id).cancel()
-        for worker_id in instance_ids:
-            if worker_id not in self._followed or self._followed[worker_id].done():
-                self._followed[worker_id] = asyncio.create_task(self._follow(worker_id))
 
     async def _follow(self, worker_id: int) -> None:
         """Until its stream breaks, or it leaves etcd."""
@@ -94,7 +86,7 @@ class KvIndex:
 
     def _rebuild(self) -> None:
         """Without what the tree still has of blocks that are gone."""
-        dumped = [_dumped.decode(event) for event in self._tree.dump_tree_as_events()]
+        dumped = [orjson.loads(event) for event in self._tree.dump_tree_as_events()]
         self._tree, self._num_removed = RadixTree(), 0
         for each in dumped:
-            self._tree.apply_event(each.worker_id, bytes(each.event))
+            self._tree.apply_event(each["worker_id"], orjson.dumps(each["event"]))

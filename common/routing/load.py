@@ -1,6 +1,6 @@
 """What each worker has to do, as the router has booked it."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,7 @@ class Booking:
 class WorkerLoad:
     """num_requests: at a worker. num_prefill_blocks: yet to be computed. num_decode_blocks: of prompts that have been.
 
-    last_chosen: the number of the choice. to_cache: how many bookings are about to cache a block. prefilling: bookings,
-    by the last block that they cache.
+    last_chosen: the number of the choice. to_cache: how many bookings are about to cache a block.
     """
 
     num_requests: int = 0
@@ -31,7 +30,7 @@ class WorkerLoad:
     num_decode_blocks: int = 0
     last_chosen: int = 0
     to_cache: Counter[int] = field(default_factory=Counter)
-    prefilling: defaultdict[int, set[Booking]] = field(default_factory=lambda: defaultdict(set))
+    prefilling: set[Booking] = field(default_factory=set)
 
     def num_blocks_soon(self, block_hashes: Sequence[int], num_cached: int) -> int:
         """How many of a prompt's first blocks it will have once it has done what is booked; now it has num_cached."""
@@ -42,17 +41,10 @@ class WorkerLoad:
 
     def has_cached(self, block_hashes: Iterable[int]) -> None:
         """Prompts that end with one of these blocks are computed: their first tokens are on the way."""
-        for block_hash in self.prefilling.keys() & block_hashes:
-            for booking in self.prefilling.pop(block_hash):
-                self._end_prefill(booking)
-                self.num_decode_blocks += booking.num_blocks
-
-    def _end_prefill(self, booking: Booking) -> None:
-        self.num_prefill_blocks -= booking.num_new_blocks
-        for block_hash in booking.to_cache:
-            self.to_cache[block_hash] -= 1
-            if not self.to_cache[block_hash]:
-                del self.to_cache[block_hash]
+        cached = set(block_hashes)
+        for booking in [each for each in self.prefilling if each.to_cache[-1] in cached]:
+            self._end_prefill(booking)
+            self.num_decode_blocks += booking.num_blocks
 
     @contextmanager
     def booked(self, booking: Booking) -> Iterator[None]:
@@ -61,21 +53,22 @@ class WorkerLoad:
         if booking.to_cache:
             self.num_prefill_blocks += booking.num_new_blocks
             self.to_cache.update(booking.to_cache)
-            self.prefilling[booking.to_cache[-1]].add(booking)
+            self.prefilling.add(booking)
         else:
             self.num_decode_blocks += booking.num_blocks
         try:
             yield
         finally:
-            self._free(booking)
+            self.num_requests -= 1
+            if booking in self.prefilling:
+                self._end_prefill(booking)
+            else:
+                self.num_decode_blocks -= booking.num_blocks
 
-    def _free(self, booking: Booking) -> None:
-        self.num_requests -= 1
-        last_block = booking.to_cache[-1] if booking.to_cache else None
-        if last_block is None or booking not in self.prefilling.get(last_block, ()):
-            self.num_decode_blocks -= booking.num_blocks
-            return
-        self._end_prefill(booking)
-        self.prefilling[last_block].discard(booking)
-        if not self.prefilling[last_block]:
-            del self.prefilling[last_block]
+    def _end_prefill(self, booking: Booking) -> None:
+        self.prefilling.remove(booking)
+        self.num_prefill_blocks -= booking.num_new_blocks
+        for block_hash in booking.to_cache:
+            self.to_cache[block_hash] -= 1
+            if not self.to_cache[block_hash]:
+                del self.to_cache[block_hash]

@@ -85,11 +85,11 @@ class CacheEvents:
         events = self._decoder.decode(payload).events
         for start in range(0, len(events), _EVENTS_AT_ONCE):
             for event in events[start : start + _EVENTS_AT_ONCE]:
-                self.apply(event)
+                self._apply(event)
             self.cached.publish()
             await asyncio.sleep(0)
 
-    def apply(self, event: Any) -> None:
+    def _apply(self, event: Any) -> None:
         """One of SGLang's `BlockStored`, `BlockRemoved` and `AllBlocksCleared`, where a block is a page."""
         if getattr(event, "medium", None) not in _ON_THE_DEVICE:
             return
