@@ -212,14 +212,14 @@ class FailoverClient(Generic[C]):
                 held = held or chunk
                 if chunk.may_wait and await self._waits_for_more(call, is_streamed=context.record.is_streamed):
                     continue
-                call.pass_on()
+                call.pace.pass_on()
                 yield held
                 held = None
 
     async def _waits_for_more(self, call: InstanceCall, *, is_streamed: bool) -> bool:
         """Whether a token waits for the next one. All streams share a budget of chunks, as in `stream_pace`."""
         if not is_streamed:  # nobody minds when it comes
-            return call.is_passed_on_within(MAX_GAP_S)
+            return call.pace.is_passed_on_within(MAX_GAP_S)
         return await call.comes_within(min(MAX_GAP_S, self._instances.num_calls / CHUNKS_PER_SECOND))
 
     def _read(self, data: Any) -> C:

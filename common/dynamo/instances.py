@@ -50,23 +50,63 @@ class CallBroke(Exception):
     """Dynamo raised its cause."""
 
 
+class Pace:
+    """When the dicts of a stream are passed on: those that come within a gap may go together."""
+
+    def __init__(self) -> None:
+        self._passed_on_at = -math.inf
+        self._due: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def pass_on(self) -> None:
+        """Note that what came so far is passed on."""
+        self._passed_on_at = asyncio.get_running_loop().time()
+        self.stop()
+
+    def is_passed_on_within(self, seconds: float) -> bool:
+        return asyncio.get_running_loop().time() < self._passed_on_at + seconds
+
+    async def wait(self, coming: asyncio.Future[Any], gap_s: float) -> None:
+        """Until `coming` is done, or `gap_s` after something was passed on.
+
+        As `asyncio.wait` would, in a third of its time: one timer does for all dicts of such a gap.
+        """
+        loop = asyncio.get_running_loop()
+        self._due = self._due or loop.call_at(self._passed_on_at + gap_s, self._on_due)
+        self._waiter = loop.create_future()
+        coming.add_done_callback(self._wake)
+        await self._waiter
+
+    def _on_due(self) -> None:
+        self._due = None
+        self._wake()
+
+    def _wake(self, _coming: object = None) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def stop(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+
 class InstanceCall:
     """A stream that is being read.
 
     is_delivered: whether the instance has accepted the request; a non-streaming answer is then silent until its end.
     heard_at: when its last dict came, on the event loop's clock; None before the first. generation: of our connection.
+    pace: of what is passed on of it.
     """
 
     def __init__(self, context: Context, generation: int) -> None:
         self.generation = generation
         self.is_delivered = False
         self.heard_at: float | None = None
+        self.pace = Pace()
         self._context = context
         self._stream: AsyncIterator[Any]
         self._next: asyncio.Future[Any] | None = None
-        self._passed_on_at = -math.inf
-        self._due: asyncio.TimerHandle | None = None
-        self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
 
     async def open(self, opening: Awaitable[AsyncIterator[Any]]) -> None:
@@ -95,39 +135,12 @@ class InstanceCall:
         return self._next
 
     async def comes_within(self, gap_s: float) -> bool:
-        """Whether another dict comes less than `gap_s` after something was passed on; it is waited for.
-
-        As `asyncio.wait` would tell, for a third of its time: one timer does for all dicts of such a gap.
-        """
-        loop = asyncio.get_running_loop()
-        if (due_at := self._passed_on_at + gap_s) <= loop.time():
+        """Whether another dict comes less than `gap_s` after something was passed on; it is waited for."""
+        if not self.pace.is_passed_on_within(gap_s):
             return False
-        self._due = self._due or loop.call_at(due_at, self._on_due)
-        self._waiter, coming = loop.create_future(), self._looking_ahead()
-        coming.add_done_callback(self._wake)
-        await self._waiter
+        coming = self._looking_ahead()
+        await self.pace.wait(coming, gap_s)
         return coming.done() and not coming.cancelled() and coming.exception() is None
-
-    def _wake(self, _coming: object = None) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _on_due(self) -> None:
-        self._due = None
-        self._wake()
-
-    def is_passed_on_within(self, seconds: float) -> bool:
-        return asyncio.get_running_loop().time() < self._passed_on_at + seconds
-
-    def pass_on(self) -> None:
-        """Note that what came so far is passed on."""
-        self._passed_on_at = asyncio.get_running_loop().time()
-        self._stop_timer()
-
-    def _stop_timer(self) -> None:
-        if self._due is not None:
-            self._due.cancel()
-            self._due = None
 
     async def _result_of(self, future: asyncio.Future[T]) -> T:
         self._next = future
@@ -160,7 +173,7 @@ class InstanceCall:
 
     def drop(self) -> None:
         """Read no further. What comes after a complete answer, its end, is read by Dynamo alone."""
-        self._stop_timer()
+        self.pace.stop()
         if self._next is not None and not self._next.cancel() and not self._next.cancelled():
             self._next.exception()  # seen by nobody else
 
