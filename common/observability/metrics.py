@@ -5,6 +5,7 @@ labelled metrics are looked up once, when the process starts or with a request, 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -23,6 +24,13 @@ _PER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1
 _DECISION_BUCKETS = (0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a timestamp beside each series would double their number
+
+
+class CallMetrics(NamedTuple):
+    """What a `FailoverClient` counts. See the names in `Metrics`."""
+
+    retries: Counter
+    migrations: Counter
 
 
 class Metrics:
@@ -99,7 +107,7 @@ class Metrics:
         """It has left."""
         self._decisions.remove(self.component, f"{worker_id:x}")
 
-    def calls_of(self, endpoint: str, num_instances: Callable[[], int]) -> "CallMetrics":
+    def calls_of(self, endpoint: str, num_instances: Callable[[], int]) -> CallMetrics:
         """The metrics of calling one endpoint."""
         self._instances.labels(self.component, endpoint).set_function(num_instances)
         return CallMetrics(
@@ -120,10 +128,3 @@ class Metrics:
         return Histogram(
             name, text, ("component",), namespace="dynamo_chat", registry=self._registry, buckets=buckets
         ).labels(self.component)
-
-
-class CallMetrics:
-    """What a `FailoverClient` counts. See the names in `Metrics`."""
-
-    def __init__(self, retries: Counter, migrations: Counter) -> None:
-        self.retries, self.migrations = retries, migrations

@@ -8,12 +8,13 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
 from common.errors import InvalidRequest
+from common.openai.json_schema import values_of
 from common.openai.messages import Message
 from common.openai.tools import Tool
 
@@ -153,21 +154,8 @@ def _parsed(function: dict[str, Any]) -> dict[str, Any]:
         json.dumps(arguments, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return function
-    is_plain = isinstance(arguments, dict) and not _is_deep(arguments)
+    is_plain = isinstance(arguments, dict) and all(depth < _MAX_DEPTH for *_, depth in values_of(arguments))
     return {**function, "arguments": arguments} if is_plain else function
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MAX_DEPTH):
-        level = [part for outer in level for part in _parts(outer)]
-    return bool(level)
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def _introduction(tools: Sequence[Tool]) -> str:
