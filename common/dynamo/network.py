@@ -4,7 +4,6 @@ import asyncio
 import ipaddress
 import os
 import socket
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -46,9 +45,10 @@ def choose_response_address() -> None:
         raise ServersMissing(f"{RESPONSE_HOST}={name}: this machine has no such network interface with an address.")
     elif _is_link_local(addresses[-1]):
         if _default_source() not in addresses:
+            first_ipv4 = next((address for address in addresses if ":" not in address), "ADDRESS")
             raise ServersMissing(
                 f"{RESPONSE_HOST}={name}: Dynamo would listen on {addresses[-1]}, which is no use. Give the address a "
-                f"name of its own (ip address add {_first_ipv4(addresses)}/... dev {name} label {name}:chat) and set "
+                f"name of its own (ip address add {first_ipv4}/... dev {name} label {name}:chat) and set "
                 f"{RESPONSE_HOST}={name}:chat, or switch IPv6 off for {name}."
             )
         del os.environ[RESPONSE_HOST]
@@ -69,10 +69,6 @@ def _is_here(host: str) -> bool:
 
 def _is_link_local(address: str) -> bool:
     return ":" in address and ipaddress.ip_address(address).is_link_local
-
-
-def _first_ipv4(addresses: Iterable[str]) -> str:
-    return next((address for address in addresses if ":" not in address), "ADDRESS")
 
 
 def _default_source() -> str | None:

@@ -16,8 +16,8 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -128,13 +128,20 @@ async def nats_max_payload() -> int | None:
     """The largest message that NATS carries, in bytes; None when it does not say."""
     for url in NATS.urls:
         with suppress(OSError, ValueError, KeyError):
-            async with asyncio.timeout(_TIMEOUT_S):
-                reader, writer = await asyncio.open_connection(*NATS.address(urlsplit(url)))
-                try:
-                    return int((await _nats_info(reader))["max_payload"])
-                finally:
-                    writer.close()
+            async with _nats(urlsplit(url)) as (info, _, _):
+                return int(info["max_payload"])
     return None
+
+
+@asynccontextmanager
+async def _nats(url: SplitResult) -> AsyncIterator[tuple[dict[str, Any], asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection, and what NATS says of itself to everybody who connects."""
+    async with asyncio.timeout(_TIMEOUT_S):
+        reader, writer = await asyncio.open_connection(*NATS.address(url))
+        try:
+            yield json.loads((await reader.readline()).removeprefix(b"INFO ")), reader, writer
+        finally:
+            writer.close()
 
 
 def _etcd_answers(url: str) -> bool:
@@ -224,18 +231,13 @@ def _tls_context() -> ssl.SSLContext:
 async def _nats_answers(url: SplitResult) -> bool:
     """Say CONNECT as the runtime will. False where the server did not answer."""
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            reader, writer = await asyncio.open_connection(*NATS.address(url))
-            try:
-                info = await _nats_info(reader)
-                is_signed = any(os.environ.get(variable) for variable in _NATS_SIGNING)
-                if not info.get("auth_required") or info.get("tls_required") or is_signed or url.username:
-                    return True  # nothing to show, or nothing that we could show
-                connect = {"verbose": False, "pedantic": False, "lang": "python", "version": "1", **_nats_login()}
-                writer.write(f"CONNECT {json.dumps(connect)}\r\nPING\r\n".encode())
-                answer = (await reader.readline()).decode(errors="replace")
-            finally:
-                writer.close()
+        async with _nats(url) as (info, reader, writer):
+            is_signed = any(os.environ.get(variable) for variable in _NATS_SIGNING)
+            if not info.get("auth_required") or info.get("tls_required") or is_signed or url.username:
+                return True  # nothing to show, or nothing that we could show
+            connect = {"verbose": False, "pedantic": False, "lang": "python", "version": "1", **_nats_login()}
+            writer.write(f"CONNECT {json.dumps(connect)}\r\nPING\r\n".encode())
+            answer = (await reader.readline()).decode(errors="replace")
     except (OSError, ValueError):
         return False
     if answer.startswith("-ERR"):
@@ -245,13 +247,6 @@ async def _nats_answers(url: SplitResult) -> bool:
             "NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN, NATS_AUTH_NKEY, NATS_AUTH_CREDENTIALS_FILE."
         )
     return True
-
-
-async def _nats_info(reader: asyncio.StreamReader) -> dict[str, Any]:
-    """What NATS says of itself to everybody who connects."""
-    line = await reader.readline()
-    info: dict[str, Any] = json.loads(line.removeprefix(b"INFO "))
-    return info
 
 
 def _nats_login() -> dict[str, str | None]:
