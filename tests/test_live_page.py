@@ -65,8 +65,8 @@ class TestThePage:
 class TestCaches:
     def test_what_is_cached_elsewhere_too_counts_as_shared(self) -> None:
         figures = cache_figures({1: cache(range(8)), 2: cache(range(6, 10)), 3: cache(range(0))})
-        assert {id: each["num_shared_tokens"] for id, each in figures.items()} == {1: 32, 2: 32, 3: 0}
-        assert (figures[2]["num_tokens"], figures[2]["max_num_tokens"]) == (64, 160_000)
+        assert {id: each.num_shared_tokens for id, each in figures.items()} == {1: 32, 2: 32, 3: 0}
+        assert (figures[2].num_tokens, figures[2].max_num_tokens) == (64, 160_000)
 
     @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
     def test_of_large_caches_samples_are_compared(self, part: float) -> None:
@@ -74,8 +74,8 @@ class TestCaches:
         first = [numbers.getrandbits(64) for _ in range(10_000)]
         second = [each if numbers.random() < part else numbers.getrandbits(64) for each in first[:5000]]
         figures = cache_figures({1: cache(first), 2: cache(second)})
-        assert figures[1]["num_shared_tokens"] / 160_000 == pytest.approx(part / 2, abs=0.1)
-        assert figures[2]["num_shared_tokens"] / 80_000 == pytest.approx(part, abs=0.1)
+        assert figures[1].num_shared_tokens / 160_000 == pytest.approx(part / 2, abs=0.1)
+        assert figures[2].num_shared_tokens / 80_000 == pytest.approx(part, abs=0.1)
 
 
 def cache(block_hashes: Sequence[int]) -> CacheDescription:

@@ -15,7 +15,7 @@ from common.errors import PipelineError
 from common.http.middleware import CHAT_PATH, PROTECTED_PREFIXES
 from common.openai.request import ChatCompletionRequest
 from common.openai.responses import ChatCompletion, ChatCompletionChunk, JsonObject, Model, Models
-from common.wire import InstanceId
+from common.page.live_page import Pipeline
 
 Schema = dict[str, Any]
 
@@ -53,32 +53,6 @@ class Ready(JsonObject, kw_only=True):
     status: Literal["ready"]
     processors: int
     engines: int
-
-
-class Frontend(JsonObject, kw_only=True):
-    pid: int
-
-
-class Cache(JsonObject, kw_only=True):
-    num_tokens: int
-    max_num_tokens: int
-    num_shared_tokens: int
-
-
-class Engine(JsonObject, kw_only=True):
-    instance: InstanceId
-    cache: Cache | None
-
-
-class Processor(JsonObject, kw_only=True):
-    instance: InstanceId
-    models: list[str]
-
-
-class Pipeline(JsonObject, kw_only=True):
-    frontend: Frontend
-    processors: list[Processor]
-    engines: list[Engine]
 
 
 _REQUEST_ID: Schema = {

@@ -11,14 +11,46 @@ import os
 import re
 from pathlib import Path
 
+import msgspec
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from common.dynamo.directories import Descriptions, ModelDirectory
 from common.dynamo.runtime import Client
-from common.wire import NUM_LOWEST_HASHES, CacheDescription, EngineDescription
+from common.openai.responses import JsonObject
+from common.wire import NUM_LOWEST_HASHES, CacheDescription, EngineDescription, InstanceId
 
 PAGE = Path(__file__).with_suffix(".html")
+
+
+class Frontend(JsonObject, kw_only=True):
+    pid: int
+
+
+class Cache(JsonObject, kw_only=True):
+    """In tokens: how full it is, and how much of that another engine has cached, too."""
+
+    num_tokens: int
+    max_num_tokens: int
+    num_shared_tokens: int
+
+
+class Engine(JsonObject, kw_only=True):
+    instance: InstanceId
+    cache: Cache | None
+
+
+class Processor(JsonObject, kw_only=True):
+    instance: InstanceId
+    models: list[str]
+
+
+class Pipeline(JsonObject, kw_only=True):
+    """Who is there, as etcd says now."""
+
+    frontend: Frontend
+    processors: list[Processor]
+    engines: list[Engine]
 
 
 def _hashes(html: str, tag: str) -> str:
@@ -48,8 +80,8 @@ def page_headers(html: str) -> dict[str, str]:
     }
 
 
-def cache_figures(caches: dict[int, CacheDescription]) -> dict[int, dict[str, int]]:
-    """By engine: how full its cache is, and how much of that another engine has cached, too, by the samples."""
+def cache_figures(caches: dict[int, CacheDescription]) -> dict[int, Cache]:
+    """By engine; what is shared, by the samples."""
     samples = {id: set(cache.lowest_block_hashes) for id, cache in caches.items()}
     limit = min((max(sample) for sample in samples.values() if len(sample) == NUM_LOWEST_HASHES), default=math.inf)
     figures = {}
@@ -57,11 +89,9 @@ def cache_figures(caches: dict[int, CacheDescription]) -> dict[int, dict[str, in
         own = {block_hash for block_hash in samples[id] if block_hash <= limit}
         elsewhere = set().union(*(sample for other, sample in samples.items() if other != id))
         num_shared = round(cache.num_tokens * len(own & elsewhere) / max(1, len(own)))
-        figures[id] = {
-            "num_tokens": cache.num_tokens,
-            "max_num_tokens": cache.max_num_tokens,
-            "num_shared_tokens": num_shared,
-        }
+        figures[id] = Cache(
+            num_tokens=cache.num_tokens, max_num_tokens=cache.max_num_tokens, num_shared_tokens=num_shared
+        )
     return figures
 
 
@@ -76,17 +106,16 @@ def install_live_page(app: FastAPI, models: ModelDirectory, engine_client: Clien
         return Response(html, headers=headers, media_type="text/html")
 
     @app.api_route("/pipeline", methods=["GET", "HEAD"])
-    async def pipeline() -> JSONResponse:
-        """Who is there, as etcd says now. The ids are in hexadecimal, as in etcd's keys."""
+    async def pipeline() -> Response:
+        """The ids are in hexadecimal, as in etcd's keys."""
         processors = await models.instances()
         engines = await engine_client.instance_ids()
         described = await descriptions.asked_again(lambda engine: engine.cache is not None)
         caches = cache_figures({id: engine.cache for id, engine in described.items() if engine and engine.cache})
-        return JSONResponse(
-            {
-                "frontend": {"pid": os.getpid()},
-                "processors": [{"instance": f"{id:x}", "models": processors[id]} for id in sorted(processors)],
-                "engines": [{"instance": f"{id:x}", "cache": caches.get(id)} for id in sorted(engines)],
-            },
-            headers={"cache-control": "no-store"},
+        found = Pipeline(
+            frontend=Frontend(pid=os.getpid()),
+            processors=[Processor(instance=f"{id:x}", models=processors[id]) for id in sorted(processors)],
+            engines=[Engine(instance=f"{id:x}", cache=caches.get(id)) for id in sorted(engines)],
         )
+        headers = {"cache-control": "no-store"}
+        return Response(msgspec.json.encode(found), headers=headers, media_type="application/json")
