@@ -50,9 +50,10 @@ class AskRouter:
     ) -> AsyncIterator[Chosen]:
         async with AsyncExitStack() as booking:
             chosen: Chosen | None = None
-            with suppress(TimeoutError):
-                async with asyncio.timeout(ASKING_TIMEOUT_S):
-                    chosen = await self._ask(request, instance_ids, context, booking)
+            if await self._router() is not None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ASKING_TIMEOUT_S):
+                        chosen = await self._ask(request, instance_ids, context, booking)
             if chosen is None:
                 chosen = await booking.enter_async_context(self._without(request, instance_ids, context))
             yield chosen
