@@ -24,7 +24,11 @@ PART_BYTES = 60_000_000
 GPU = 90  # an H100's architecture
 # What the machine's release of PyTorch comes with.
 PYTORCH, WITH_PYTORCH = "torch==2.11.0", {"torch", "torchvision", "triton", "nvidia-nccl-cu13"}
-PEER = "sglang-router==0.3.2 --hash=sha256:ba5a24951e5e0357fe390782fcd1abd861448a87216832dbf2e501a1dd1548eb\n"
+# For peers: SGLang's router; what `dynamo.sglang` imports and does not ask for.
+PEERS = """
+sglang-router==0.3.2 --hash=sha256:ba5a24951e5e0357fe390782fcd1abd861448a87216832dbf2e501a1dd1548eb
+blake3==1.0.11 --hash=sha256:33424c686b291c7682b5816fe9320466dbc0a457ef7e15c273c804a2d70fea70
+"""
 PYTHON = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_39")
 
 # Never used there, and large: kernels for other GPUs or other attention backends, what compiles C++, licences.
@@ -64,7 +68,7 @@ def install(site: Path) -> None:
     if any(text.startswith(f"{PYTORCH} ") for _, text in pinned()):
         there |= WITH_PYTORCH
     requirements = site.parent / "requirements.txt"
-    requirements.write_text("".join(text for name, text in pinned() if name not in there) + PEER)
+    requirements.write_text("".join(text for name, text in pinned() if name not in there) + PEERS)
     uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(site), "--link-mode", "copy"]
     subprocess.run([*uv, *PYTHON, "--no-deps", "--require-hashes", "-r", str(requirements)], check=True)
 
