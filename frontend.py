@@ -18,7 +18,7 @@ from common.dynamo.directories import ProcessorClient
 from common.dynamo.failover import CallLimits, RequestContext
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.http.answer import Answer, AnswerStream
-from common.http.exchange import EventStream, context_of, read_chat_request, unless_disconnected
+from common.http.exchange import EventStream, context_of, read_chat_request
 from common.http.server import Pipeline, serve_http
 from common.openai.request import ChatCompletionRequest
 
@@ -36,11 +36,10 @@ class RequestHandler:
         context = context_of(http_request)
         context.record.asks(request)
         if not request.stream:
-            return await unless_disconnected(http_request, self._answer(request, context))
+            return await self._answer(request, context)
         events = self._events(request, context)
         # An error before the first event still gets a status of its own.
-        first = await unless_disconnected(http_request, anext(events))
-        return EventStream(first, events, context.record)
+        return EventStream(await anext(events), events, context.record)
 
     async def _answer(self, request: ChatCompletionRequest, context: RequestContext) -> Response:
         """All chunks as one JSON answer."""

@@ -6,7 +6,6 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import InternalError, InvalidRequest, MethodNotAllowed, NotFound, PipelineError
@@ -50,7 +49,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 class CatchAll:
-    """Answers 500 to an exception that nobody has handled, and nothing to a client that went away.
+    """Answers 500 to an exception that nobody has handled.
 
     It sits inside the other middleware, so that this answer has their headers, too; Starlette's own is outside.
     """
@@ -68,8 +67,6 @@ class CatchAll:
 
         try:
             await self._app(scope, receive, send_and_note)
-        except ClientDisconnect:
-            pass
         except Exception:
             if is_started:
                 raise  # the server logs it, and breaks the connection off
@@ -79,7 +76,7 @@ class CatchAll:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Call before any other middleware is added: the last one added is the outermost."""
+    """Call after the middleware is added whose errors it is to answer, too: the last one added is the outermost."""
     app.add_exception_handler(PipelineError, _on_pipeline_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(CatchAll)

@@ -1,17 +1,16 @@
-"""One HTTP exchange: the request's body, a client that goes away meanwhile, and an answer as a stream of events."""
+"""One HTTP exchange: the request's body, and an answer as a stream of events."""
 
 import asyncio
 import logging
-import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import Request
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from common.arguments import FrontendArgs
 from common.dynamo.context import RequestContext
@@ -29,8 +28,6 @@ from common.observability.request_records import RequestRecord
 from common.openai.request import ChatCompletionRequest, parse_chat_request
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PING_INTERVAL_S = 15.0
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -73,31 +70,7 @@ async def _read_json(request: Request, *, max_bytes: int, timeout_s: float) -> A
 def context_of(http_request: Request) -> RequestContext:
     """For the calls that are made to answer the request."""
     record: RequestRecord = http_request.state.record
-    return RequestContext(Context(f"chat-{uuid.uuid4().hex}"), record)
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away. The request's body has been read.
-
-    Raises:
-        ClientDisconnect: there is nobody left to answer.
-    """
-    working = asyncio.create_task(work)
-    watching = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.wait((working, watching))
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    return RequestContext(Context(), record)
 
 
 class EventStream(EventSourceResponse):
@@ -107,42 +80,44 @@ class EventStream(EventSourceResponse):
     """
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], record: RequestRecord) -> None:
-        super().__init__(_with_error(first, rest, record), headers=_HEADERS)
+        super().__init__(rest, headers=_HEADERS)
+        self._first, self._rest, self._record = first, rest, record
 
-    async def stream_response(self, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette's own also looks for a client that goes away, which the caller does here."""
         loop = asyncio.get_running_loop()
-        last_sent_at = loop.time()
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal last_sent_at
-            last_sent_at = loop.time()
-            await send(message)
+        sent_at = loop.time()
 
         async def ping() -> None:
+            nonlocal sent_at
             while True:
-                if (rest_s := last_sent_at + PING_INTERVAL_S - loop.time()) > 0:
+                if (rest_s := sent_at + PING_INTERVAL_S - loop.time()) > 0:
                     await asyncio.sleep(rest_s)
                 else:
-                    await send_and_note({"type": "http.response.body", "body": KEEPALIVE_COMMENT, "more_body": True})
+                    sent_at = loop.time()
+                    await send(_part(KEEPALIVE_COMMENT))
 
         pinging = asyncio.create_task(ping())
         try:
-            await super().stream_response(send_and_note)
+            async with aclosing(self._rest) as events:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send(_part(self._first))
+                async for event in events:
+                    sent_at = loop.time()
+                    await send(_part(event))
+        except Exception as error:
+            await send(_part(self._error_event(error)))
         finally:
             pinging.cancel()
+        await send({"type": "http.response.body"})
 
-
-async def _with_error(
-    first: bytes, rest: AsyncGenerator[bytes, None], record: RequestRecord
-) -> AsyncGenerator[bytes, None]:
-    try:
-        async with aclosing(rest):
-            yield first
-            async for event in rest:
-                yield event
-    except Exception as error:
+    def _error_event(self, error: Exception) -> bytes:
         if not isinstance(error, PipelineError):
             logger.exception("streaming an answer failed")
             error = InternalError()
-        record.outcome = error.outcome
-        yield sse(error.to_wire())
+        self._record.outcome = error.outcome
+        return sse(error.to_wire())
+
+
+def _part(body: bytes) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": True}

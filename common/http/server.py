@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from fastapi.telemetry import TelemetryConfig
 from starlette.requests import Request
 
 from common.arguments import FrontendArgs
@@ -20,7 +21,7 @@ from common.dynamo.directories import ModelDirectory
 from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, DistributedRuntime
 from common.errors import ModelNotFound, Unavailable
 from common.http.errors import install_error_handlers
-from common.http.middleware import CHAT_PATH, HEADER, ApiKeys, ConcurrencyLimit, HostNames, RequestId
+from common.http.middleware import CHAT_PATH, HEADER, ApiKeys, Chats, HostNames, RequestId
 from common.http.openapi import install_openapi
 from common.http.protocol import limit_unread, protocol_with
 from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -47,8 +48,11 @@ class Pipeline:
 
 def create_app(chat_completions: ChatRoute, pipeline: Pipeline, args: FrontendArgs, metrics: Metrics) -> FastAPI:
     """The HTTP side as an ASGI app."""
-    app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False)
-    app.add_route(CHAT_PATH, chat_completions, methods=["POST"])
+    # The spans are ours (common/observability): FastAPI need not look for each request whether it is to make some.
+    telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
+    app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False, telemetry=telemetry)
+    app.add_route(CHAT_PATH, chat_completions, methods=["POST"])  # for those who list the routes: see `Chats`
+    app.add_middleware(Chats, respond=chat_completions, limit=args.max_concurrency)
     install_error_handlers(app)
     install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
     if args.is_page_served:
@@ -98,7 +102,6 @@ def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
 
 def _add_middleware(app: FastAPI, args: FrontendArgs, metrics: Metrics) -> None:
     """The last one added is the outermost."""
-    app.add_middleware(ConcurrencyLimit, limit=args.max_concurrency)
     app.add_middleware(ApiKeys, keys=args.api_keys)
     if args.cors_origins:
         app.add_middleware(
