@@ -93,9 +93,11 @@ def child_context(parent: Context) -> Iterator[Context]:
     So an engine is told to stop when the client goes away, when a stop string was found, and when we fail.
     """
     child = child_of(parent)
-    with when_stopped(parent, child.stop_generating):
-        try:
-            yield child
-        except BaseException:  # GeneratorExit and CancelledError above all
-            child.stop_generating()
-            raise
+    key = _watcher.add(parent, child.stop_generating)
+    try:
+        yield child
+    except BaseException:  # GeneratorExit and CancelledError above all
+        child.stop_generating()
+        raise
+    finally:
+        _watcher.remove(key)

@@ -49,12 +49,15 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
+    def next(self, instance_ids: Sequence[int]) -> Chosen:
+        self._turn += 1
+        return Chosen(instance_ids[self._turn % len(instance_ids)])
+
     @asynccontextmanager
     async def __call__(
         self, _request: dict[str, Any], instance_ids: Sequence[int], _context: RequestContext
     ) -> AsyncIterator[Chosen]:
-        self._turn += 1
-        yield Chosen(instance_ids[self._turn % len(instance_ids)])
+        yield self.next(instance_ids)
 
 
 @dataclass(frozen=True, slots=True)

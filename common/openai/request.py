@@ -275,7 +275,7 @@ class ChatCompletionRequest(StrictModel):
         """The client's own limit for the answer, in tokens."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    @property
+    @cached_property
     def usable_tools(self) -> list[Tool]:
         """Those that the answer may call."""
         if isinstance(self.tool_choice, NamedTool):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from common.dynamo import releases
-from common.dynamo.failover import Choose, Chosen, RequestContext, RoundRobin
+from common.dynamo.failover import Chosen, RequestContext, RoundRobin
 from common.dynamo.runtime import Client, Context
 from common.wire import KV_BLOCK_SIZE, Envelope, RouteTrace, WorkerFound, WorkerQuestion, to_wire
 
@@ -36,7 +36,7 @@ class AskRouter:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._without: Choose = RoundRobin()
+        self._without = RoundRobin()
         self._questions = asyncio.Semaphore(MAX_QUESTIONS)
         self._rests_until: dict[int, float] = {}
         self._takes_hashes: set[int] = set()  # which routers: 2 KB of 4,096 tokens instead of 12, and no list
@@ -55,7 +55,7 @@ class AskRouter:
                     async with asyncio.timeout(ASKING_TIMEOUT_S):
                         chosen = await self._ask(request, instance_ids, context, booking)
             if chosen is None:
-                chosen = await booking.enter_async_context(self._without(request, instance_ids, context))
+                chosen = self._without.next(instance_ids)
             yield chosen
 
     async def _ask(

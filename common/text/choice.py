@@ -11,7 +11,7 @@ from common.errors import BadUpstream
 from common.openai.request import ChatCompletionRequest
 from common.sampling import engine_request
 from common.text.chat_tokenizer import ChatTokenizer
-from common.text.detokenizer import TokenBytes, detokenize
+from common.text.detokenizer import TokenBytes
 from common.text.generated_text import GeneratedText
 from common.text.reasoning import ReasoningReader
 from common.text.tool_call_parsers import SGLangToolCallReader
@@ -86,8 +86,7 @@ class Choice:
         self._logprobs = self._logprobs if entries is None else (self._logprobs or []) + entries
         if data.finish_reason is None:
             return ProcessorChunk()
-        content = detokenize(self._tokenizer.backend, self._token_ids, hidden_ids=self._hidden_ids)
-        return self._read(content, self._logprobs, data.finish_reason)
+        return self._read(self._text.push(self._token_ids), self._logprobs, data.finish_reason)
 
     def _piece(self, data: EngineChunk) -> ProcessorChunk:
         content = self._text.push(data.token_ids)
