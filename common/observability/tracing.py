@@ -33,26 +33,20 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 class RequestSpan:
     """A request's stay in one process.
 
-    traceparent: as it came, "" where none did. is_first: this process begins a trace where nobody else has.
+    is_first: this process begins a trace where nobody else has. trace_id: 32 hexadecimal digits, "" where the request
+    belongs to no trace. traceparent: what came, "" where none did; then what the next process on the way is sent.
     """
 
     def __init__(self, tracer: Tracer, name: str, traceparent: str, *, is_first: bool) -> None:
         parent = _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})
         self._span = tracer.start_span(name, context=parent, kind=SpanKind.SERVER)
         context = self._span.get_span_context()
-        self._context = _new_trace() if is_first and not context.is_valid else context
-
-    @property
-    def trace_id(self) -> str:
-        """32 hexadecimal digits, or "" where the request belongs to no trace."""
-        return format_trace_id(self._context.trace_id) if self._context.is_valid else ""
-
-    @property
-    def traceparent(self) -> str:
-        """For the next process on the request's way, or ""."""
-        if not self._context.is_valid:
-            return ""
-        return f"00-{self.trace_id}-{format_span_id(self._context.span_id)}-{self._context.trace_flags:02x}"
+        if is_first and not context.is_valid:
+            context = _new_trace()
+        self.trace_id = self.traceparent = ""
+        if context.is_valid:
+            self.trace_id = format_trace_id(context.trace_id)
+            self.traceparent = f"00-{self.trace_id}-{format_span_id(context.span_id)}-{context.trace_flags:02x}"
 
     def end(self, fields: dict[str, Any]) -> None:
         """End the span, with these attributes."""
