@@ -19,8 +19,6 @@ from launch.program import Program
 from launch.settings import Settings
 from launch.supervisor import Supervisor
 
-POLL_S = 0.5
-
 # The scripts are plain Dynamo: these tell it to use NATS, and to stay on this machine, as ours do by themselves.
 DYNAMO_ENVIRONMENT = {"DYN_REQUEST_PLANE": "nats", "DYN_TCP_RESPONSE_STREAM_HOST": "lo", "ETCD_LEASE_TTL": "10"}
 
@@ -32,9 +30,7 @@ async def run(settings: Settings) -> None:
     supervisor = Supervisor(folder, [*server_programs(settings, folder), *chapter_programs(settings)])
     async with supervisor.running():
         say(f"chapter-1: starting nats, etcd and the scripts of docs/chapter-1; logs in {shown(folder)}/logs")
-        while not listens(settings.http_port):  # the frontend waits for the processor, and that for the engine
-            supervisor.require_alive()
-            await asyncio.sleep(POLL_S)
+        await supervisor.until(lambda: listens(settings.http_port))  # the frontend waits for the others
         await asyncio.to_thread(show_answer, settings)
         if not settings.is_run_once:
             say("chapter-1: break it as docs/chapter-1/README.md says. Ctrl-C stops everything")
@@ -50,8 +46,7 @@ def chapter_programs(settings: Settings) -> list[Program]:
         "processor": ["--model", settings.model],
         "frontend": ["--port", str(settings.http_port)],
     }
-    environ = DYNAMO_ENVIRONMENT | os.environ | {"PYTHONUNBUFFERED": "1"}
-    environ |= {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
+    environ = DYNAMO_ENVIRONMENT | os.environ | settings.server_variables | {"PYTHONUNBUFFERED": "1"}
     if not has_gpu:
         # SGLang loads our platform by its name, `common...`, which other packages of the environment have, too.
         environ |= {"SGLANG_PLATFORM": "cpu_torch_native", "PYTHONPATH": str(ROOT)} | CPU_ENVIRONMENT

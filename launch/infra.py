@@ -3,7 +3,6 @@
 The real servers, from wheels, on loopback only.
 """
 
-import asyncio
 import os
 import socket
 import sys
@@ -22,7 +21,6 @@ DEFAULT_SERVERS = ("nats://127.0.0.1:4222", "http://127.0.0.1:2379")
 """What Dynamo looks for where no variable says otherwise."""
 
 GIVEN_SERVER_S = 2.0
-POLL_S = 0.1
 
 NATS_CONFIG = """\
 # Written by launch/infra.py.
@@ -83,13 +81,12 @@ async def serve(settings: Settings) -> None:
     folder = settings.data_folder / "infra"
     supervisor = Supervisor(folder, server_programs(settings, folder))
     async with supervisor.running():
-        while not all(listens(port) for program in supervisor.programs for port in program.ports.values()):
-            supervisor.require_alive()
-            await asyncio.sleep(POLL_S)
+        ports = [port for program in supervisor.programs for port in program.ports.values()]
+        await supervisor.until(lambda: all(map(listens, ports)))
         say(f"infra: NATS at {settings.nats_server}, with JetStream; logs in {shown(folder)}/logs")
         say(f"infra: etcd at {settings.etcd_endpoints}")
         if (settings.nats_server, settings.etcd_endpoints) != DEFAULT_SERVERS:
-            variables = f"NATS_SERVER={settings.nats_server} ETCD_ENDPOINTS={settings.etcd_endpoints}"
+            variables = " ".join(f"{name}={value}" for name, value in settings.server_variables.items())
             say(f"infra: in the other terminals first: export {variables}")
         say("infra: Ctrl-C stops both")
         await supervisor.keep_running()

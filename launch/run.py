@@ -69,8 +69,7 @@ def component_programs(settings: Settings) -> list[Program]:
         "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port), "--share-port"],
         "router": [python, "router.py"],
     }
-    servers = {"NATS_SERVER": settings.nats_server, "ETCD_ENDPOINTS": settings.etcd_endpoints}
-    environ = os.environ | servers | {"PYTHONUNBUFFERED": "1"}
+    environ = os.environ | settings.server_variables | {"PYTHONUNBUFFERED": "1"}
     ports = {"frontend": {"HTTP_PORT": settings.http_port}}
     return [
         Program(
@@ -101,12 +100,11 @@ async def wait_until_logged(supervisor: Supervisor, name: str, words: str) -> No
     LaunchError: the program keeps dying, or has not said so within ROUTER_START_S.
     """
     log = supervisor.log_file(name)
-    deadline = time.monotonic() + ROUTER_START_S
-    while words not in log.read_text(errors="replace"):
-        supervisor.require_alive()
-        if time.monotonic() > deadline:
-            raise LaunchError(f"{shown(log)} does not say: {words}")
-        await asyncio.sleep(POLL_S)
+    try:
+        async with asyncio.timeout(ROUTER_START_S):
+            await supervisor.until(lambda: words in log.read_text(errors="replace"))
+    except TimeoutError:
+        raise LaunchError(f"{shown(log)} does not say: {words}") from None
     await asyncio.sleep(POLL_S)  # until processors have heard of it
 
 

@@ -59,5 +59,10 @@ class Settings(BaseModel):
         return self.given_etcd_endpoints or f"http://{LOOPBACK}:{self.etcd_port}"
 
     @property
+    def server_variables(self) -> dict[str, str]:
+        """Dynamo's own, for those who connect to them."""
+        return {"NATS_SERVER": self.nats_server, "ETCD_ENDPOINTS": self.etcd_endpoints}
+
+    @property
     def frontend_url(self) -> str:
         return f"http://localhost:{self.http_port}"

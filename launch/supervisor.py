@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
@@ -84,6 +84,12 @@ class Supervisor:
         for name, num_deaths in self._num_deaths.items():
             if num_deaths >= MAX_DEATHS:
                 raise LaunchError(f"{name} keeps dying.{self.end_of_log(name, NUM_LINES_OF_CULPRIT)}")
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it. Raises what `require_alive` raises."""
+        while not condition():
+            self.require_alive()
+            await asyncio.sleep(POLL_S)
 
     def end_of_log(self, name: str, num_lines: int) -> str:
         """To be quoted in an error."""
