@@ -28,7 +28,7 @@ def cpu_platform() -> str | None:
     return activate()
 
 
-def gathered_prefills() -> None:
+def prefill_batching() -> None:
     """Prefill batching."""
     if _are_on():
         from common.sglang.prefill_batching import register
