@@ -145,7 +145,9 @@ class FakeEngine:
             return
         engine_request: EngineRequest = read_engine_request(request)
         token_ids, finish_reason = self.answer_to(engine_request)
-        await asyncio.sleep(args.first_token_ms / 1000)
+        first_token_at = asyncio.get_running_loop().time() + args.first_token_ms / 1000
+        while (rest_s := first_token_at - asyncio.get_running_loop().time()) > 0 and not context.is_stopped():
+            await asyncio.sleep(min(rest_s, 0.05))
         end: dict[str, Any] = {"finish_reason": finish_reason}
         if self.cache is not None:
             num_cached = await self.cache.compute(engine_request.token_ids)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.process
 
 NATS_TIMEOUT_S = 10  # Dynamo's own
 HASTY_S = 4
+NUM_LEFT = 40
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +119,21 @@ def test_an_abandoned_request_stops_at_the_engine_within_a_second(scripts: Pipel
         num_stopped = engine.log.count("stopped True")
         abandon(scripts, max_tokens=2000, stream=stream)
         wait_until(lambda before=num_stopped: engine.log.count("stopped True") > before, 1.5, "the engine to stop")  # type: ignore[misc]
+
+
+def test_requests_that_are_left_at_once_stop_at_the_engine_too(scripts: Pipeline) -> None:
+    """Their clients go while the streams of both hops open; an engine that is silent has no dict to notice it by."""
+    engine = scripts.fake_engine("--first-token-ms", "60000")
+    scripts.wait_ready()
+    for number in range(NUM_LEFT):
+        with ExitStack() as clients:
+            for _ in range(8):
+                clients.enter_context(open_request(scripts))
+            time.sleep(number / NUM_LEFT * 0.03)
+    assert engine.log.count(": running ") > NUM_LEFT
+    wait_until(
+        lambda: engine.log.count(": running ") == 2 * engine.log.count(", stopped True"), 3, "the engine to stop all"
+    )
 
 
 def abandon(pipeline: Pipeline, **fields: object) -> None:

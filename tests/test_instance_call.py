@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from common.dynamo import instances
 from common.dynamo.instances import CallBroke, InstanceCall, InstanceFailed, NotDelivered
 from common.dynamo.runtime import Context
 
@@ -52,6 +53,46 @@ def test_a_call_that_is_given_up_before_it_has_arrived_may_be_made_again() -> No
         async with asyncio.timeout(5):
             with pytest.raises(NotDelivered, match="it is gone"):
                 await call.open(nothing())
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_a_worker_is_told_to_stop_as_soon_as_its_stream_is_open(is_left: bool) -> None:
+    """Not before, when Dynamo would forget it; also where nobody waits for the stream any more."""
+
+    async def scenario() -> None:
+        context, opening = Context(), asyncio.get_running_loop().create_future()
+        call = InstanceCall(context, generation=1)
+        waiting = asyncio.create_task(call.open(opening))
+        await asyncio.sleep(0)
+        if is_left:
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        call.stop()
+        assert not context.is_stopped()
+        opening.set_result(dicts())
+        await asyncio.sleep(0)
+        assert context.is_stopped()
+        await asyncio.wait([waiting])
+
+    asyncio.run(scenario())
+
+
+def test_the_wait_for_a_stream_that_nobody_wants_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instances, "OPENING_S", 0.01)
+
+    async def scenario() -> None:
+        context = Context()
+        call = InstanceCall(context, generation=1)
+        waiting = asyncio.create_task(call.open(nothing()))
+        await asyncio.sleep(0)
+        call.give_up("it is gone")
+        with pytest.raises(NotDelivered):
+            await waiting
+        async with asyncio.timeout(5):
+            while not context.is_stopped():
+                await asyncio.sleep(0.001)
 
     asyncio.run(scenario())
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
-from common.dynamo.releases import Context, child_of
+from common.dynamo.releases import Context
 from common.observability.request_records import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,16 @@ def when_stopped(context: Context, action: Callable[[], None]) -> Iterator[None]
 
 
 @contextmanager
-def child_context(parent: Context) -> Iterator[Context]:
-    """A context for a call made on behalf of `parent`: stopped with it, and when the block is left early.
+def when_given_up(context: Context, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` when the caller gave up, and when the block is left early.
 
     So an engine is told to stop when the client goes away, when a stop string was found, and when we fail.
     """
-    child = child_of(parent)
-    key = _watcher.add(parent, child.stop_generating)
+    key = _watcher.add(context, action)
     try:
-        yield child
+        yield
     except BaseException:  # GeneratorExit and CancelledError above all
-        child.stop_generating()
+        action()
         raise
     finally:
         _watcher.remove(key)

@@ -15,7 +15,7 @@ import msgspec
 
 from common.dynamo import releases
 from common.dynamo.context import RequestContext as RequestContext
-from common.dynamo.context import child_context
+from common.dynamo.context import when_given_up
 from common.dynamo.instances import CallBroke, Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
 from common.dynamo.network import too_large_for_nats
 from common.dynamo.runtime import Client
@@ -237,12 +237,12 @@ class FailoverClient(Generic[C]):
     ) -> AsyncIterator[InstanceCall]:
         """One call of one instance. What Dynamo raises meanwhile becomes InstanceFailed, or what it means."""
         loop = asyncio.get_running_loop()
-        with child_context(context.raw) as call_context:
-            call = InstanceCall(call_context, self._client.generation)
+        call = InstanceCall(releases.child_of(context.raw), self._client.generation)
+        with when_given_up(context.raw, call.stop):
             timer = None if ends_at is None else loop.call_at(ends_at, lambda: call.end(self._too_late()))
             try:
                 with self._instances.calling(instance_id, call):
-                    await call.open(self._client.direct(request, instance_id, context=call_context))
+                    await call.open(self._client.direct(request, instance_id, context=call.context))
                     yield call
             except CallBroke as broke:
                 error = broke.__cause__

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from common.dynamo import releases
 from common.dynamo.context import RequestContext
 from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, Context
 from common.errors import Unavailable
@@ -26,6 +25,7 @@ _LOOK_S = 1.0
 # lease meanwhile; one that hangs or has vanished does not.
 SILENCE_S = DRAIN_TIMEOUT_S + 5.0
 SILENCE_WITHOUT_LEASE_S = 5.0
+OPENING_S = 10.0  # as long as Dynamo waits for a connection
 
 T = TypeVar("T")
 
@@ -94,9 +94,9 @@ class Pace:
 class InstanceCall:
     """A stream that is being read.
 
-    is_delivered: whether the instance has accepted the request; a non-streaming answer is then silent until its end.
-    heard_at: when its last dict came, on the event loop's clock; None before the first. generation: of our connection.
-    pace: of what is passed on of it.
+    context: of this call alone. is_delivered: whether the instance has accepted the request; a non-streaming answer is
+    then silent until its end. heard_at: when its last dict came, on the event loop's clock; None before the first.
+    generation: of our connection. pace: of what is passed on of it.
     """
 
     def __init__(self, context: Context, generation: int) -> None:
@@ -104,7 +104,8 @@ class InstanceCall:
         self.is_delivered = False
         self.heard_at: float | None = None
         self.pace = Pace()
-        self._context = context
+        self.context = context
+        self._opening: asyncio.Future[AsyncIterator[Any]] | None = None
         self._stream: AsyncIterator[Any]
         self._next: asyncio.Future[Any] | None = None
         self._failure: Exception | None = None
@@ -115,9 +116,19 @@ class InstanceCall:
         Raises:
             CallBroke. InstanceFailed, or what `end` was given: the call was given up.
         """
-        self._stream = await self._result_of(asyncio.ensure_future(opening))
+        self._opening = asyncio.ensure_future(opening)
+        self._stream = await self._result_of(asyncio.shield(self._opening))
         self.is_delivered = True
-        releases.repeat_early_stop(self._context)
+
+    def stop(self) -> None:
+        """Tell the worker that nobody waits, once its stream is open: of an earlier stop not every Dynamo tells it, and
+        it would finish a silent answer for nobody.
+        """
+        if self._opening is None or self._opening.done():
+            self.context.stop_generating()
+        else:
+            self._opening.add_done_callback(lambda _: self.context.stop_generating())
+            asyncio.get_running_loop().call_later(OPENING_S, self.context.stop_generating)
 
     async def next(self) -> Any:
         """The next dict.
@@ -168,7 +179,7 @@ class InstanceCall:
     def end(self, failure: Exception) -> None:
         """End the waiting. Dynamo itself would go on: up to 10 s for a connection, indefinitely when there is one."""
         self._failure = failure
-        self._context.stop_generating()
+        self.stop()
         self.drop()
 
     def drop(self) -> None:

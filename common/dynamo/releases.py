@@ -13,7 +13,6 @@ leaving etcd            when all is answered     at once                    at o
   meanwhile             new calls are refused    its own calls fail too     new calls are answered
 when etcd forgets us    the runtime ends for     the runtime ends, another  the runtime ends, another
                         good, so must we         one can be opened          one can be opened
-an early stop           is lost                  arrives                    arrives
 a missed response       rules out the instance   is forgiven                is forgiven
 too large a request     is never answered        is never answered          is refused at once
 ======================  =======================  =========================  ==============================
@@ -138,12 +137,6 @@ async def leave_discovery(runtime: Any, endpoint: Any) -> bool:
 def child_of(context: Context) -> Context:
     """A context that is stopped by itself, and belongs to the same trace of Dynamo's where there are traces."""
     return context.detached(uuid.uuid4().hex) if hasattr(context, "detached") else Context()
-
-
-def repeat_early_stop(context: Context | None) -> None:
-    """Call when a stream has been opened: 0.5 does not pass on a stop that came before."""
-    if context is not None and context.is_stopped():
-        context.stop_generating()
 
 
 def is_ruled_out(client: Any, instance_id: int, error: BaseException) -> bool:
