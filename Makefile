@@ -95,11 +95,15 @@ status:
 check-exercise-%: model
 	@$(VENV_PYTHON) -m pytest --exitfirst --quiet --no-header --tb=short -rN docs/exercises/check_$*_*.py
 
-# TEST_JOBS=3: three files side by side. Tests that measure time may fail beside others.
-TEST_JOBS ?= 0
+# Most tests wait more than they compute: so files run side by side, and after them, alone, the tests that measure time.
+TEST_JOBS ?= 2
+
+# $(call pytest,PYTHON,MARKERS,FILES)
+pytest = $(1) -m pytest -n $(TEST_JOBS) --dist loadscope --no-loadscope-reorder -m '$(2) and not timed' $(3); \
+	status=$$?; $(1) -m pytest -m '$(2) and timed' $(3) && exit $$status
 
 test: model
-	@$(VENV_PYTHON) -m pytest -n $(TEST_JOBS) --dist loadgroup --no-loadscope-reorder -m 'not long and not clients'
+	@$(call pytest,$(VENV_PYTHON),not long and not clients)
 
 test-long: model
 	@$(VENV_PYTHON) -m pytest -m long
@@ -120,7 +124,7 @@ CHAPTER_TESTS := $(addprefix tests/test_,chapter_release.py dynamo_releases.py c
 	@touch $@
 
 test-chapter: model .venv-chapter/installed
-	@.venv-chapter/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
+	@$(call pytest,.venv-chapter/bin/python,not pipeline and not long,$(CHAPTER_TESTS))
 
 # Any other release, in an environment like that one, which nothing locks.
 VERSION ?= 1.4.2
@@ -132,7 +136,7 @@ VERSION ?= 1.4.2
 	@touch $@
 
 test-dynamo: model .venv-dynamo-$(VERSION)/installed
-	@.venv-dynamo-$(VERSION)/bin/python -m pytest -m 'not pipeline and not long' $(CHAPTER_TESTS)
+	@$(call pytest,.venv-dynamo-$(VERSION)/bin/python,not pipeline and not long,$(CHAPTER_TESTS))
 
 # PyTorch, which guidellm wants, is the one of .venv: uv links it. Node's packages go beside the others.
 .venv-clients/installed: requirements-clients.txt tests/clients/package-lock.json | setup

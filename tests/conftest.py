@@ -1,8 +1,11 @@
 """Fixtures: one NATS and etcd, one pipeline on a fake engine and one on the real model, for all tests."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -10,19 +13,42 @@ from tokenizers import Tokenizer
 
 from tests import programs
 from tests.model_copies import make_hermes_model, make_thinking_model
+from tests.pages import CHAPTER_1, README, Launch, block
 from tests.processes import MODEL, ROOT, Infra, Pipeline, new_pipeline, running
 
+_IS_BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
 _num_skipped: Counter[str] = Counter()  # by the program that was missing
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several files run side by side, what shares the real model stays together."""
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
-    for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group("the real model" if item.get_closest_marker("pipeline") else item.path.name)
-        )
+    """First the tests that need no process, while those engines start that the tests behind them need (`begun`).
+
+    Where files run side by side, those with the real model come first.
+    """
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    kinds = {marker.name for marker in item.iter_markers()}
+    if kinds.isdisjoint({"process", "pipeline", "browser"}):
+        return 3 if _IS_BESIDE_OTHERS else 0
+    return 1 + ("last" in kinds) if "pipeline" in kinds else 3
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """File by file, and all files with the real model in one process. (xdist's own groups need an older pytest.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    with_the_model = {path.name for path in (ROOT / "tests").glob("test_*.py") if "mark.pipeline" in path.read_text()}
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.split("::")[0]).name
+            return "the real model" if name in with_the_model else name
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -123,15 +149,66 @@ def echo(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Itera
         yield pipeline
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _begin_early(request: pytest.FixtureRequest) -> None:
+    if not _IS_BESIDE_OTHERS and _begun_ones(request) and (ROOT / MODEL / "model.safetensors").exists():
+        request.getfixturevalue("begun")
+
+
+def _begun_ones(request: pytest.FixtureRequest) -> set[str]:
+    names = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    return names & {"pipeline", "make_run", "make_chapter_1"}
+
+
 @pytest.fixture(scope="session")
-def pipeline(infra: Infra, tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Pipeline]:
-    """The three real scripts with the real model, started in the least helpful order."""
-    with running(scripts := Pipeline(infra, tmp_path_factory.mktemp("pipeline"))):
-        scripts.frontend()
-        scripts.processor()
-        scripts.engine()
-        scripts.wait_ready(240)
-        yield scripts
+def begun(
+    request: pytest.FixtureRequest, infra: Infra, tmp_path_factory: pytest.TempPathFactory, embedded_model: str
+) -> Iterator[dict[str, Any]]:
+    """All with the real model that the chosen tests use, begun at once: an engine is up after half a minute, of which
+    it needs one CPU.
+    """
+    found: dict[str, Any] = {}
+    with ExitStack() as begun:
+        for name in sorted(_begun_ones(request)):
+            folder = tmp_path_factory.mktemp(name)
+            if name == "pipeline":  # in the least helpful order
+                found[name] = scripts = Pipeline(infra, folder)
+                begun.enter_context(running(scripts))
+                scripts.frontend()
+                scripts.processor()
+                scripts.engine()
+            elif name == "make_run":
+                found[name] = Launch(folder, *block(README, "make run").command.split())
+                begun.enter_context(running(found[name]))
+            else:  # leases of 2 s: so etcd need not hang for long
+                command = block(CHAPTER_1, "make chapter-1").command.split()
+                found[name] = Launch(folder, *command, ETCD_LEASE_TTL="2")
+                begun.enter_context(running(found[name]))
+        yield found
+
+
+@pytest.fixture(scope="session")
+def pipeline(begun: dict[str, Any]) -> Pipeline:
+    """The three real scripts with the real model."""
+    scripts: Pipeline = begun["pipeline"]
+    scripts.wait_ready(240)
+    return scripts
+
+
+@pytest.fixture(scope="module")
+def make_run(begun: dict[str, Any]) -> Iterator[Launch]:
+    yield from launched(begun["make_run"])
+
+
+@pytest.fixture(scope="module")
+def make_chapter_1(begun: dict[str, Any]) -> Iterator[Launch]:
+    yield from launched(begun["make_chapter_1"])
+
+
+def launched(launch: Launch) -> Iterator[Launch]:
+    with running(launch):
+        launch.wait_for("Ctrl-C stops everything")
+        yield launch
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from tests.processes import BIN, ROOT, Infra, Pipeline, free_port, wait_until
 
-README = ROOT / "README.md"
+README, CHAPTER_1 = ROOT / "README.md", ROOT / "docs" / "chapter-1" / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMANDS = ("sh", "bash", "python")
 

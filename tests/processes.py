@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import httpx
 
@@ -279,8 +280,12 @@ class Pipeline:
         self.stop_all_but(0)
 
 
+class Stoppable(Protocol):
+    def stop(self) -> None: ...
+
+
 @contextlib.contextmanager
-def running(thing: "Infra | Pipeline | Process") -> Iterator[None]:
+def running(thing: Stoppable) -> Iterator[None]:
     try:
         yield
     finally:

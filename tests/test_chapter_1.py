@@ -10,26 +10,18 @@ from collections.abc import Iterator
 import pytest
 
 from bench.__main__ import CPU_ENGINE_ARGS
+from tests.pages import CHAPTER_1 as PAGE
 from tests.pages import Launch, assert_shows, block, blocks, masked
-from tests.processes import MODEL, ROOT, SHORT_LEASE, Process, wait_until
+from tests.processes import MODEL, SHORT_LEASE, Process, wait_until
 
-PAGE = ROOT / "docs" / "chapter-1" / "README.md"
 CURL = "curl -s http://localhost:8080/v1/chat/completions"
 
 pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture(scope="module")
-def chapter(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Launch]:
-    """Leases of 2 s: so etcd need not hang for long."""
-    launch = Launch(
-        tmp_path_factory.mktemp("chapter"), *block(PAGE, "make chapter-1").command.split(), ETCD_LEASE_TTL="2"
-    )
-    try:
-        launch.wait_for("Ctrl-C stops everything")
-        yield launch
-    finally:
-        launch.stop()
+def chapter(make_chapter_1: Launch) -> Launch:
+    return make_chapter_1
 
 
 def test_it_starts_and_answers(chapter: Launch) -> None:

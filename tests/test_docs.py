@@ -421,14 +421,9 @@ class TestWithTheModel:
         assert any(entry["logprob"] < entry["top_logprobs"][0]["logprob"] for entry in entries_of(choices))
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Launch]:
-    launch = Launch(tmp_path_factory.mktemp("run"), *block(README, "make run").command.split())
-    try:
-        launch.wait_for("Ctrl-C stops everything")
-        yield launch
-    finally:
-        launch.stop()
+@pytest.fixture
+def launch(make_run: Launch) -> Launch:
+    return make_run
 
 
 @pytest.mark.pipeline

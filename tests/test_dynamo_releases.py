@@ -14,7 +14,7 @@ import pytest
 from tests.load import chat
 from tests.processes import DYNAMO, ROOT, Pipeline, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timed]
 
 
 IS_0_5, IS_1 = DYNAMO.startswith("0.5."), DYNAMO.startswith("1.")

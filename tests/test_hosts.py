@@ -16,7 +16,7 @@ from tests.load import Load, chat, streamed_text
 from tests.processes import MODEL, SHORT_LEASE, Infra, Pipeline, Process, free_port, running, wait_until
 from tests.raw_http import open_request
 
-pytestmark = [pytest.mark.hosts, pytest.mark.process, pytest.mark.needs("ip", "ss")]
+pytestmark = [pytest.mark.hosts, pytest.mark.process, pytest.mark.timed, pytest.mark.needs("ip", "ss")]
 
 ENGINES = ("engine-0", "engine-1")
 VARIABLE = "DYN_TCP_RESPONSE_STREAM_HOST"

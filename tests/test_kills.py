@@ -19,7 +19,7 @@ from tests.load import Asked, Load, ask, chat
 from tests.processes import SHORT_LEASE, Pipeline, Process, new_pipeline, running, wait_until
 from tests.raw_http import open_request
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timed]
 
 HASTY_S = 3
 WAIT_S = 12  # the processor's patience for an engine; one of made-up tokens is up in two or three
@@ -61,9 +61,8 @@ def two_of_port(shared: Pipeline, tmp_path: Path) -> Iterator[Pipeline]:
     """Two frontends on one port of their own, before the same processor."""
     frontends = Pipeline(shared.infra, tmp_path)
     with running(frontends):
-        for _ in range(2):
-            frontend = frontends.frontend("--share-port")
-            wait_until(lambda frontend=frontend: listens(frontend, frontends.http_port), STARTED_S, "a frontend")  # type: ignore[misc]
+        both = [frontends.frontend("--share-port") for _ in range(2)]
+        wait_until(lambda: all(listens(each, frontends.http_port) for each in both), STARTED_S, "both frontends")
         yield frontends
 
 

@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 
 import httpx
 import psutil
@@ -15,12 +14,10 @@ from tests.processes import (
     DYNAMO,
     ROOT,
     SHORT_LEASE,
-    Infra,
     Pipeline,
     Process,
     free_port,
     new_pipeline,
-    running,
     wait_until,
 )
 from tests.raw_http import CHAT
@@ -28,6 +25,7 @@ from tests.streams import ask_stream
 
 pytestmark = [
     pytest.mark.process,
+    pytest.mark.timed,
     pytest.mark.skipif(DYNAMO.startswith("0."), reason="shows only its own metrics: docs/observability.md"),
 ]
 
@@ -210,14 +208,22 @@ def test_a_workers_port_is_on_loopback_and_has_dynamos_metrics_too(scripts: Scri
         assert Scraped(scripts.urls[component]).text.count("# TYPE dynamo_component_requests_total counter") == 1
 
 
-@pytest.fixture
-def faulty(own_infra: Infra, tmp_path: Path, embedded_model: str) -> Iterator[Scripts]:
-    """A pipeline without an engine, to be harmed."""
-    scripts = Scripts(Pipeline(own_infra, tmp_path / "scripts"))
-    with running(scripts.pipeline):
-        scripts.pipeline.processor("--engine-wait", "1", env={**scripts.own_port("processor"), **SHORT_LEASE})
-        scripts.pipeline.frontend()
+@pytest.fixture(scope="module")
+def without_engine(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iterator[Scripts]:
+    with new_pipeline(tmp_path_factory.mktemp("faulty")) as pipeline:
+        scripts = Scripts(pipeline)
+        pipeline.processor("--engine-wait", "1", env={**scripts.own_port("processor"), **SHORT_LEASE})
+        pipeline.frontend()
         yield scripts
+
+
+@pytest.fixture
+def faulty(without_engine: Scripts) -> Iterator[Scripts]:
+    """A pipeline without an engine, to be harmed: engines are the test's to start, and leave with it."""
+    yield without_engine
+    without_engine.pipeline.stop_all_but(2)
+    for key in without_engine.pipeline.infra.instance_keys("engine/generate"):
+        without_engine.pipeline.infra.etcdctl("del", key)  # of a killed one; its lease would end in 10 s
 
 
 def test_answers_that_changed_the_engine_are_counted(faulty: Scripts) -> None:

@@ -16,7 +16,7 @@ from tests.frontends import frontend_beside
 from tests.processes import MODEL, Infra, Pipeline, Process, new_pipeline, running, wait_until
 from tests.raw_http import CHAT, CHAT_HEAD, chat_request, connect, open_request, read_until_closed
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timed]
 
 LIMIT = 8
 DEADLINES = ("--header-timeout", "1", "--body-timeout", "1", "--send-timeout", "2")

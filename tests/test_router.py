@@ -20,7 +20,7 @@ from launch.conversation import show_choices_of_the_router, show_turns_of_engine
 from launch.settings import Settings
 from tests.processes import MODEL, SHORT_LEASE, Pipeline, Process, free_port, new_pipeline, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timed]
 
 NUM_ENGINES = 4
 _numbers = itertools.count()  # no prompt twice

@@ -12,7 +12,7 @@ import pytest
 from tests.load import chat, streamed_text
 from tests.processes import SHORT_LEASE, Pipeline, Process, new_pipeline, wait_until
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.timed]
 
 ENGINE_WAIT_S = 2
 SILENT_S = 8  # longer than one without a lease may be
