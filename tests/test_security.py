@@ -1,14 +1,19 @@
 """Who can reach the pipeline, who is let in, and what a worker that sends nonsense costs."""
 
+import asyncio
 import re
+import socket
+import struct
 import subprocess
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from common.dynamo.servers import ServersMissing, check_access
 from tests.fake_processor import ENDLESS, GARBAGE
 from tests.processes import DYNAMO, Infra, Pipeline, Process, accepts, new_pipeline, running, wait_until
 from tests.raw_http import CHAT
@@ -210,6 +215,23 @@ def test_wrong_tls_settings_are_one_line_and_no_start(tmp_path: Path, certificat
 def test_tls_with_a_server_that_has_none_is_one_line_and_no_start(infra: Infra, tmp_path: Path) -> None:
     env = {"ETCD_ENDPOINTS": infra.env["ETCD_ENDPOINTS"].replace("http", "https")}
     assert "no TLS with etcd" in refusal(infra, tmp_path, env, "frontend.py")
+
+
+def test_a_server_without_tls_that_resets_a_connection_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def serve(server: socket.socket) -> None:
+        for is_reset in (True, False):
+            with server.accept()[0] as client:
+                assert client.recv(10_000)
+                if is_reset:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+        server.settimeout(5)
+        monkeypatch.setenv("ETCD_ENDPOINTS", f"https://127.0.0.1:{server.getsockname()[1]}")
+        serving = thread.submit(serve, server)
+        with pytest.raises(ServersMissing, match="no TLS with etcd"):
+            asyncio.run(check_access())
+        serving.result(5)
 
 
 @pytest.fixture(scope="module")

@@ -144,7 +144,7 @@ async def _nats(url: SplitResult) -> AsyncIterator[tuple[dict[str, Any], asyncio
             writer.close()
 
 
-def _etcd_answers(url: str) -> bool:
+def _etcd_answers(url: str, num_tries: int = 3) -> bool:
     """Log in and read a key through etcd's JSON gateway. False where nothing can be learned that way."""
     where = f"etcd at {urlsplit(url).netloc.rpartition('@')[2]}"
     try:
@@ -165,6 +165,8 @@ def _etcd_answers(url: str) -> bool:
             reason = str(getattr(cause, "verify_message", "") or cause.reason or cause).lower().replace("_", " ")
             needed = f"Dynamo needs {', '.join(ETCD_TLS)} for it, all three, and no ETCD_AUTH_USERNAME."
             raise ServersMissing(f"no TLS with {where} ({reason}). {needed}") from None
+        if isinstance(cause, ConnectionResetError) and num_tries > 1:  # so ends one greeting in 25 of TLS without TLS
+            return _etcd_answers(url, num_tries - 1)
         if not url.startswith("https") and _speaks_tls(url):
             raise ServersMissing(f"{where} speaks TLS: write https:// in ETCD_ENDPOINTS.") from None
         return False
