@@ -104,7 +104,7 @@ class TestPages:
         widths = [int(width) for width in re.findall(r'x="180" y="\d+" width="(\d+)"', picture)]
         figures = re.findall(r">([\d,]+)</text>", picture)
         assert widths == [int(figure.replace(",", "")) // 100 for figure in figures]
-        assert len(figures) == 12
+        assert len(figures) == 18
         assert all(figure in table for figure in figures)
 
     def test_the_bench_takes_the_arguments_of_the_page(self, monkeypatch: pytest.MonkeyPatch) -> None:
