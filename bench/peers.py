@@ -136,7 +136,7 @@ class Ours(DynamoPeer):
         return command
 
     def start_scripts(self) -> None:
-        """With the log as it is by default, and the request plane left to the scripts."""
+        """With the log as it is by default."""
         script = self.setting.script
         commands = {"engine": self.setting.engine_script(self.engine)}
         for number in range(self.num_processors):
@@ -144,7 +144,7 @@ class Ours(DynamoPeer):
         for number in range(self.num_frontends):
             shared = ["--share-port"] if self.num_frontends > 1 else []
             commands[f"frontend{number or ''}"] = script("frontend.py", "--port", str(self.port), *shared)
-        env = {name: value for name, value in self.infra.env.items() if name != "DYN_REQUEST_PLANE"} | {"DYN_LOG": ""}
+        env = {**self.infra.env, "DYN_LOG": ""}
         for number, (name, command) in enumerate(commands.items()):
             pinned = {"DYN_CHAT_CPUS": str(number % (psutil.cpu_count() or 1))} if self.is_pinned else {}
             self.child(name, self.command(name, command), **env, **pinned)

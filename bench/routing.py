@@ -106,7 +106,7 @@ class Ours(Replicas, DynamoPeer):
         return self.setting.engine_script("engine.py", "--kv-events", "--page-size", "16")
 
     def start_scripts(self) -> None:
-        script, self._env = self.setting.script, {**self.infra.env, "DYN_REQUEST_PLANE": "", "DYN_LOG": ""}
+        script, self._env = self.setting.script, {**self.infra.env, "DYN_LOG": ""}
         self.start_engines(**self._env)
         self.child("processor", script("processor.py", "--model", self.setting.model), **self._env)
         self.child("frontend", script("frontend.py", "--port", str(self.port)), **self._env)

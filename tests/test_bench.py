@@ -1,6 +1,7 @@
 """The harness itself: its loads, its figures, its table and plot, on a server that answers at once."""
 
 import asyncio
+import importlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from bench import __main__ as bench_main
 from bench import routing
 from bench.client import Load, Outcome, Reply
 from bench.fake_sglang.engine import Engine
-from bench.hops import POINTS, hops
+from bench.hops import _WATCHED, POINTS, hops
 from bench.measures import of_bench_serving, of_outcome
 from bench.peers import PEERS, Instant, Ours, Setting
 from bench.processes import Child, Infra
@@ -87,6 +88,14 @@ def test_hops_are_the_times_between_the_points_that_a_request_passed() -> None:
     found = hops(replies, sorted(notes + later_chunk))
     assert [point for point, _, _ in found] == list(POINTS[1:])
     assert all(median == pytest.approx(1.0) and ninth == pytest.approx(1.0) for _, median, ninth in found)
+
+
+def test_every_point_that_is_watched_is_in_the_code() -> None:
+    for point, module, path, _ in (watched for points in _WATCHED.values() for watched in points):
+        found = importlib.import_module(module)
+        for name in path.split("."):
+            found = getattr(found, name)
+        assert callable(found), point
 
 
 def test_a_request_that_was_not_seen_somewhere_is_an_error() -> None:
