@@ -154,13 +154,14 @@ def test_a_fake_engines_stream_has_an_end_however_slow_its_reader_is(tmp_path: P
 
     async def read_slowly() -> list[dict[str, Any]]:
         engine = Engine(server_args=SimpleNamespace(model_path=str(tmp_path), context_length=None))
-        stream = await engine.async_generate(input_ids=[1], sampling_params={"max_new_tokens": 8}, stream=True)
+        stream = await engine.async_generate(input_ids=[1], sampling_params={"max_new_tokens": 400}, stream=True)
         items = []
         async for item in stream:
             items.append(item)
-            await asyncio.sleep(0.01)  # longer than all its steps
+            await asyncio.sleep(0.3)  # longer than all its steps take
         return items
 
-    items = asyncio.run(asyncio.wait_for(read_slowly(), 10))
-    assert [item["meta_info"]["finish_reason"] for item in items] == [None, {"type": "length", "length": 8}]
-    assert len(items[-1]["output_ids"]) == 8
+    first, *others = asyncio.run(asyncio.wait_for(read_slowly(), 10))
+    assert first["meta_info"]["finish_reason"] is None
+    assert [each["meta_info"]["finish_reason"] for each in others] == [{"type": "length", "length": 400}]
+    assert len(others[-1]["output_ids"]) == 400

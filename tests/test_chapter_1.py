@@ -92,7 +92,7 @@ def engine_step_1(chapter: Launch) -> Iterator[Process]:
 def is_answered(chapter: Launch, engine: Process) -> bool:
     """With one token, where one is asked for."""
     assert engine.is_alive, engine.log
-    answer = chapter.other_terminal(block(PAGE, CURL).command)
+    answer = chapter.other_terminal(f"{block(PAGE, CURL).command} || true")  # the frontend may be starting
     return answer.startswith("{") and json.loads(answer)["usage"]["completion_tokens"] == 1
 
 

@@ -102,6 +102,14 @@ def milliseconds(text: str) -> float:
     return float(number) * {"ms": 1, "s": 1000}[unit]
 
 
+def test_a_question_that_comes_before_the_models_waits_for_them(watched: Watched, echo: Pipeline) -> None:
+    watched.page.route("**/v1/models", lambda route: route.abort(), times=1)
+    page = watched.open(echo.url)
+    watched.ask("one two three")
+    expect(page.locator(".turn .text").nth(1)).to_have_text(re.compile("one two three"))
+    assert [body["model"] for body in watched.bodies] == [MODEL_NAME]
+
+
 def test_it_loads_without_a_complaint_and_without_another_host(watched: Watched, echo: Pipeline) -> None:
     page = watched.open(echo.url)
     expect(boxes(page, "processors")).to_have_count(1)
