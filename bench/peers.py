@@ -176,6 +176,10 @@ class Chapter(DynamoPeer):
         self.child("frontend", script("docs/chapter-1/frontend.py", "--port", str(self.port)), **env)
 
 
+def dynamo_frontend(port: int) -> list[str]:
+    return [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
+
+
 class Dynamo(DynamoPeer):
     name, title = "dynamo", "`dynamo.frontend` + `dynamo.sglang`"
     least_concurrency = 64  # it takes a minute for what others do in ten seconds
@@ -186,8 +190,7 @@ class Dynamo(DynamoPeer):
     def start_scripts(self) -> None:
         env = self.infra.env | QUIET
         self.child("worker", [sys.executable, *self.worker()], **env)
-        frontend = ["-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
-        self.child("frontend", [sys.executable, *frontend], **env)
+        self.child("frontend", dynamo_frontend(self.port), **env)
 
 
 class DynamoMocker(Dynamo):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bench.peers import QUIET, DynamoPeer, Peer, Setting
+from bench.peers import QUIET, DynamoPeer, Peer, Setting, dynamo_frontend
 from bench.processes import PYTHONPATH, free_port, frozen, wait_until
 from bench.serving import BenchServing
 
@@ -161,8 +161,8 @@ class DynamoRouter(Replicas, DynamoPeer):
     def start_scripts(self) -> None:
         env = self.infra.env | QUIET
         self.start_engines(**env)
-        frontend = ["-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(self.port)]
-        self.child("frontend", [sys.executable, *frontend, "--router-mode", "kv", "--kv-cache-block-size", "16"], **env)
+        kv = ["--router-mode", "kv", "--kv-cache-block-size", "16"]
+        self.child("frontend", [*dynamo_frontend(self.port), *kv], **env)
 
 
 ROUTED: dict[str, type[Replicas]] = {peer.name: peer for peer in (Ours, SGLangRouter, DynamoRouter)}

@@ -5,12 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.text.detokenizer import IncrementalDetokenizer, TokenBytes, detokenize
+from common.text.detokenizer import IncrementalDetokenizer, TokenBytes
 from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,
     BYTE_TOKENIZERS,
     TOKENIZERS,
+    detokenize,
     encode,
     few_examples,
     id_chunks,

@@ -3,11 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.text.detokenizer import IncrementalDetokenizer, detokenize
+from common.text.detokenizer import IncrementalDetokenizer
 from common.text.generated_text import GeneratedText
 from tests.tokenizers_for_tests import (
     BYTE_TOKENIZERS,
     TOKENIZERS,
+    detokenize,
     encode,
     few_examples,
     id_chunks,

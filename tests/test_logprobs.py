@@ -1,9 +1,9 @@
 import math
 
 from common.text.choice import logprob_entries
-from common.text.detokenizer import TokenBytes, detokenize, special_token_ids
+from common.text.detokenizer import TokenBytes, special_token_ids
 from common.wire import EngineChunk
-from tests.tokenizers_for_tests import byte_level, encode, special_ids
+from tests.tokenizers_for_tests import byte_level, detokenize, encode, special_ids
 
 TOKENIZER = byte_level()
 TOKEN_BYTES = TokenBytes(TOKENIZER)

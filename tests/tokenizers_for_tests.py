@@ -3,6 +3,7 @@
 SmolLM2's own tokenizer joins them where `make model` has put it into models/.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from common.text.detokenizer import token_bytes
+from common.text.detokenizer import IncrementalDetokenizer, token_bytes
 
 SMOLLM2 = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct" / "tokenizer.json"
 
@@ -173,3 +174,8 @@ def splits(token_ids: list[int]) -> st.SearchStrategy[list[list[int]]]:
     """Every way to cut a sequence into chunks, empty ones included."""
     cuts = st.lists(st.integers(0, len(token_ids)), max_size=len(token_ids) + 2).map(sorted)
     return cuts.map(lambda cut: [token_ids[a:b] for a, b in pairwise([0, *cut, len(token_ids)])])
+
+
+def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
+    """The text of a whole generation; a character cut off at its end is dropped."""
+    return IncrementalDetokenizer(tokenizer).push(token_ids)

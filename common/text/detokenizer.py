@@ -129,7 +129,7 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 class IncrementalDetokenizer:
-    """Turns the ids of one generation into text: for any split, the pushes joined are `detokenize(all ids)`.
+    """Turns the ids of one generation into text: for any split, the pushes joined are the push of all ids.
 
     hidden_ids: those that the text leaves out; None: the special tokens.
     """
@@ -157,11 +157,6 @@ class IncrementalDetokenizer:
         if first is not None:
             pieces[first] = self._token_bytes.leading_bytes_of(shown_ids[first])
             self._is_at_start = False
-
-
-def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int], *, hidden_ids: Set[int] | None = None) -> str:
-    """The text of a whole generation; a character cut off at its end is dropped."""
-    return IncrementalDetokenizer(tokenizer, hidden_ids=hidden_ids).push(token_ids)
 
 
 @functools.lru_cache(maxsize=8)
