@@ -85,8 +85,8 @@ def parse_args() -> argparse.Namespace:
 def start_all(peers: Sequence[Peer], timeout_s: float) -> list[Peer]:
     """Start all at once; those that are ready in time.
 
-    Where there are CPUs enough, SGLang's schedulers share one, the last, and take turns: on rented machines one CPU may
-    be a third faster than another, for as long as a run lasts.
+    Where there are CPUs enough, each peer's first SGLang scheduler gets the last of them, its second the one before:
+    the peers take turns, and on rented machines one CPU may be a third faster than another, for as long as a run lasts.
     """
     began = time.monotonic()
 
@@ -101,9 +101,9 @@ def start_all(peers: Sequence[Peer], timeout_s: float) -> list[Peer]:
 
     with ThreadPoolExecutor(len(peers)) as threads:
         up = [peer for peer, is_ready in zip(peers, threads.map(is_up, peers), strict=True) if is_ready]
-    if (num_cpus := psutil.cpu_count() or 1) >= _ENOUGH_CPUS:
-        for scheduler in (process for peer in up for process in peer.schedulers()):
-            scheduler.cpu_affinity([num_cpus - 1])  # its main thread, which never sleeps
+    if len(cpus := psutil.Process().cpu_affinity()) >= _ENOUGH_CPUS:
+        for number, scheduler in (numbered for peer in up for numbered in enumerate(peer.schedulers(), 1)):
+            scheduler.cpu_affinity([cpus[-number]])  # its main thread, which never sleeps
     return up
 
 

@@ -29,11 +29,14 @@ _STOP_S = 10.0
 def workload(
     num_groups: int, prompts_per_group: int, *, shared: int, own: int, new: int, at_once: int, turns: int = 1
 ) -> list[str]:
-    """For `sglang.benchmark.serving`. shared, own, new: tokens of a group, of each question, of each answer."""
+    """For `sglang.benchmark.serving`. shared, own, new: tokens of a group, of each question, of each answer.
+
+    It does not count the tokens of its prompts, which would take longer than to answer them.
+    """
     return (
         f"--dataset-name generated-shared-prefix --gsp-num-groups {num_groups} --gsp-prompts-per-group "
         f"{prompts_per_group} --gsp-system-prompt-len {shared} --gsp-question-len {own} --gsp-output-len {new} "
-        f"--gsp-num-turns {turns} --max-concurrency {at_once}"
+        f"--gsp-num-turns {turns} --gsp-fast-prepare --max-concurrency {at_once}"
     ).split()
 
 
