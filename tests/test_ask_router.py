@@ -116,6 +116,19 @@ def test_a_router_that_is_silent_is_left_alone_for_a_while() -> None:
     assert len(routers.asked) == 1
 
 
+def test_a_router_that_answered_too_late_is_asked_again_at_once() -> None:
+    async def ask_twice(routers: Routers) -> int:
+        ask, context = ask_of(routers), request_context()
+        await chosen_by(ask, context)
+        await asyncio.sleep(ANSWERS_AFTER_S["late"])
+        routers.kinds[1] = "good"
+        return (await chosen_by(ask, context)).instance_id
+
+    routers = Routers(r1="late")
+    assert asyncio.run(ask_twice(routers)) == 8
+    assert routers.asked == [1, 1]
+
+
 @pytest.mark.parametrize("kind", ["small", "wrong", "garbage"])
 def test_a_router_that_cannot_answer_one_question_is_asked_the_next_one(kind: str) -> None:
     async def ask_both(routers: Routers) -> int:

@@ -23,7 +23,7 @@ MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
 ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
 _NUM_LOOKS = 5
-REST_S = 0.5  # of a router that has answered nobody for SILENCE_S
+REST_S = 0.5  # of a router that has answered nobody for SILENCE_S, or until it does
 SILENCE_S = 0.1
 _ENDING_TIMEOUT_S = 30.0
 
@@ -77,11 +77,10 @@ class AskRouter:
                         return None
                     self._rest(router_id, error)  # one that was killed is still listed; another one may be there
                     continue
-                self._last_answer_s, self._is_announced = time.monotonic(), False
                 if found.hashed_block_size == KV_BLOCK_SIZE:
                     self._takes_hashes.add(router_id)
                 if found.worker_id in instance_ids:
-                    took_us = round((self._last_answer_s - asked_s) * 1e6)
+                    took_us = round((time.monotonic() - asked_s) * 1e6)
                     return Chosen(found.worker_id, RouteTrace(f"{router_id:x}", took_us, found.num_cached_tokens))
                 await booking.aclose()
                 return None
@@ -108,7 +107,9 @@ class AskRouter:
 
         async def ask() -> tuple[WorkerFound, AsyncIterator[Any]]:
             stream = await self._client.direct(question, router_id, context)
-            return msgspec.convert(await anext(stream), WorkerFound), stream
+            found = msgspec.convert(await anext(stream), WorkerFound)
+            self._note_answer(router_id)
+            return found, stream
 
         async def end() -> None:
             """Stop it, and hold it until the router has heard: one that is dropped at once may stay booked.
@@ -137,6 +138,11 @@ class AskRouter:
         now = time.monotonic()
         self._rests_until = {router_id: until for router_id, until in self._rests_until.items() if until > now}
         return min((each for each in await self._client.instance_ids() if each not in self._rests_until), default=None)
+
+    def _note_answer(self, router_id: int) -> None:
+        """It answers, also if it is too late for the request: in a burst of long prompts this process may be slow."""
+        self._last_answer_s, self._is_announced = time.monotonic(), False
+        self._rests_until.pop(router_id, None)
 
     def _rest(self, router_id: int, error: Exception) -> None:
         """Ask it no more for a while."""
