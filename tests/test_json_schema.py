@@ -73,7 +73,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "a long description of a property called as a keyword is": {
         "type": "object", "properties": {"enum": {"description": "x" * 2000, "type": "string"}},
     },
-    "examples that look like schemas": {"type": "object", "default": {"$ref": "#/nowhere"}},
+    "examples that look like schemas": {"type": "object", "default": {"$ref": "#/nowhere", "extends": {}}},
+    "properties called as keywords were": {
+        "type": "object", "properties": {"extends": {"type": "null"}, "required": {"type": "boolean"}},
+    },
     "escaped names": {"$defs": {"a/b~c d": {"type": "null"}}, "$ref": "#/$defs/a~1b~0c%20d"},
     "a long chain of references": {
         "$defs": {f"d{at}": {"$ref": f"#/$defs/d{following}"} for at, following in itertools.pairwise(SHUFFLED)}
@@ -95,6 +98,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "what llguidance does not know": ({"not": {"type": "string"}}, 'Unimplemented keys: ["not"]'),
     "it too, though it is told to ignore that": (
         {"x-guidance": {"lenient": True}, "uniqueItems": True}, 'Unimplemented keys: ["uniqueItems"]'
+    ),
+    "what draft 3 forbade": ({"type": "array", "items": {"disallow": "string"}}, "disallow is a keyword of"),
+    "what draft 3 inherited": ({"extends": {"type": "integer"}}, "extends is a keyword of"),
+    "what draft 3 divided": ({"type": "integer", "divisibleBy": 2}, "divisibleBy is a keyword of"),
+    "required as draft 3 had it": (
+        {"type": "object", "properties": {"a": {"type": "string", "required": True}}}, "required must be a list"
     ),
     "nothing is both": ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum (5) is greater than maximum (1)"),
     "a look-ahead": ({"type": "string", "pattern": "(?=a)b"}, "look-around"),

@@ -30,6 +30,7 @@ SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "d
 NO_SCHEMAS = ("const", "enum", "default", "examples")
 _GRAMMAR_VALUES = ("const", "enum")  # each string in them is a part of the grammar, whatever its key
 _TEXTS = ("description", "title", "$comment", "$id", "$schema")
+_DRAFT_3 = ("disallow", "divisibleBy", "extends")  # later drafts do not have them, so llguidance takes no notice
 _ANY_OBJECT = {"type": "object"}
 
 
@@ -95,6 +96,21 @@ def _keyword(outer: str, name: str) -> str:
     if outer in _GRAMMAR_VALUES:
         return outer
     return "" if outer in SCHEMAS_BY_NAME else name
+
+
+def check_keywords(root: dict[str, Any]) -> None:
+    """What only draft 3 had, and llguidance would ignore.
+
+    Raises:
+        ValueError: there is such a keyword.
+    """
+    for part in _parts(root).values():
+        if name := next((name for name in _DRAFT_3 if name in part), None):
+            raise ValueError(f"{name} is a keyword of JSON Schema's draft 3 only")
+        properties = part.get("properties")
+        for inner in properties.values() if isinstance(properties, dict) else ():
+            if isinstance(inner, dict) and isinstance(inner.get("required"), bool):
+                raise ValueError("required must be a list of names, beside properties")
 
 
 def check_ends(root: dict[str, Any]) -> None:

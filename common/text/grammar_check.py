@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from common.errors import InvalidRequest
-from common.openai.json_schema import check_ends
+from common.openai.json_schema import check_ends, check_keywords
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
@@ -38,8 +38,10 @@ def why_no_grammar(schema_text: str) -> str | None:
     """None where there is one."""
     from llguidance import LLMatcher
 
+    schema = msgspec.json.decode(schema_text)
     try:
-        check_ends(msgspec.json.decode(schema_text))
+        check_keywords(schema)
+        check_ends(schema)
     except ValueError as error:
         return str(error)
     try:
