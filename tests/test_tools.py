@@ -155,16 +155,18 @@ def test_forced_calls_are_read_whatever_the_model(client: httpx.Client, model: s
     ("parameters", "words"),
     [
         ({"type": "object", "properties": {"a": {"type": "strange"}}}, "strange"),
-        ({"$ref": "#/$defs/nowhere"}, "points to nothing"),
+        ({"$ref": "#/$defs/nowhere"}, "$ref #/$defs/nowhere points to nothing"),
         ({"$ref": "#"}, "no answer could end"),
         ({"enum": list(range(1001))}, "more than 1000 values"),
     ],
 )
-def test_a_schema_that_no_grammar_is_made_of_is_a_400(client: httpx.Client, parameters: Any, words: str) -> None:
+def test_a_schema_that_no_grammar_is_made_of_is_a_400_that_names_it(
+    client: httpx.Client, parameters: Any, words: str
+) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     body = saying("Hi!", tools=[WEATHER, tool], tool_choice="required")
     error = error_of(client.post("/v1/chat/completions", json=body), 400)
-    assert error["param"].startswith("tools")
+    assert error["param"] == "tools[1].function.parameters"
     assert words in error["message"]
 
 

@@ -205,7 +205,7 @@ class ChatCompletionRequest(StrictModel):
     def _tool_choice_is_a_tool(self) -> "ChatCompletionRequest":
         names = {tool.name for tool in self.tools or []}
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError("tool_choice: none of the tools has this name")
+            raise ValueError(f"tool_choice: none of the tools is called {self.tool_choice.function.name[:64]}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice: needs tools")
         return self
@@ -259,6 +259,15 @@ class ChatCompletionRequest(StrictModel):
             return "tools"
         is_own = isinstance(self.response_format, JsonSchemaFormat)
         return "response_format.json_schema.schema" if is_own else "response_format"
+
+    @property
+    def forced_parameters(self) -> dict[str, str]:
+        """Of tools that the answer must call: each schema as `answer_schema` is, by the field that it comes from."""
+        return {
+            f"tools[{index}].function.parameters": schema_text(tool.function.parameters)
+            for index, tool in enumerate(self.tools or [])
+            if self.max_forced_calls and tool in self.usable_tools and tool.function.parameters
+        }
 
     @contextmanager
     def naming_own_fields(self) -> Iterator[None]:

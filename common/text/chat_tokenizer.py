@@ -126,7 +126,12 @@ class ChatTokenizer:
         self._check_known("logit_bias", map(int, request.logit_bias or ()))
         self._check_known("stop_token_ids", request.stop_token_ids)
         if request.answer_schema is not None:
-            await check_grammar(request.answer_schema, request.answer_schema_param)
+            try:
+                await check_grammar(request.answer_schema, request.answer_schema_param)
+            except InvalidRequest:
+                for param, schema in request.forced_parameters.items():  # which of the tools is it?
+                    await check_grammar(schema, param)
+                raise
 
     def _check_known(self, param: str, token_ids: Iterable[int]) -> None:
         for token_id in token_ids:
