@@ -61,7 +61,7 @@ class FakeCache:
     """The blocks of prompts that were used last. Prompts are computed one after the other."""
 
     def __init__(self, num_blocks: int, ms_per_block: float) -> None:
-        from common.routing.cached_blocks import CachedBlocks  # not on a Dynamo that is older than its index
+        from common.routing.kv_blocks import CachedBlocks  # not on a Dynamo that is older than its index
 
         self.told = CachedBlocks()
         self._num_blocks, self._ms_per_block = num_blocks, ms_per_block

@@ -243,6 +243,7 @@ def cache_events() -> dict[str, Any]:
 
     from common.dynamo.runtime import Context
     from common.sglang.cache_events import CacheEvents, kv_events_config
+    from common.sglang.engine import cache_events_of
     from tests.routers import Told
 
     def stored(medium: str | None, num: int = 100) -> list[Any]:
@@ -257,7 +258,7 @@ def cache_events() -> dict[str, Any]:
 
     async def listen(config: str) -> dict[str, Any]:
         publisher = EventPublisherFactory.create(config)
-        events = CacheEvents.of(SimpleNamespace(kv_events_config=config))
+        events = cache_events_of(config)
         assert events is not None
         await events.connect()
         found: dict[str, Any] = {"left_behind": os.listdir(tempfile.gettempdir())}
@@ -321,13 +322,13 @@ def cache_events() -> dict[str, Any]:
         return {"known": [at_end.has(7, list(range(at, at + 100))) for at in (0, 500)], "is_over": is_over}
 
     again = [BlockStored([-at - 501], -at - 500 if at else None, [500 + at], 1, None, "GPU") for at in range(100)]
-    elsewhere = SimpleNamespace(kv_events_config='{"publisher": "zmq", "endpoint": "tcp://127.0.0.1:5557"}')
+    elsewhere = '{"publisher": "zmq", "endpoint": "tcp://127.0.0.1:5557"}'
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder
         found = uvloop.run(asyncio.wait_for(listen(kv_events_config()), 60))
         tempfile.tempdir = None
     return found | {
-        "served_elsewhere": CacheEvents.of(elsewhere) is not None,
+        "served_elsewhere": cache_events_of(elsewhere) is not None,
         "many": uvloop.run(hear_many()),
         "whole": uvloop.run(hear_all([(3, encoded(stored("GPU"))), (4, encoded(again))])),
         "gap": uvloop.run(hear_all([(3, encoded(stored("GPU"))), (5, encoded(again))])),

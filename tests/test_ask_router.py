@@ -10,7 +10,7 @@ import pytest
 
 from common.dynamo.failover import Chosen, RequestContext
 from common.dynamo.runtime import Client, Context
-from common.routing.ask_router import ASKING_TIMEOUT_S, MAX_QUESTIONS, AskRouter, within_loop_time
+from common.routing.ask_router import ASKING_TIMEOUT_S, MAX_QUESTIONS, REST_S, AskRouter, within_loop_time
 from tests.contexts import request_context
 
 ERRORS = {
@@ -86,12 +86,13 @@ def test_a_router_that_takes_hashes_is_asked_with_them_from_then_on(kind: str) -
     assert routers.asked == [1, 1]
 
 
-def test_where_one_router_is_gone_another_one_is_asked_at_once_and_that_one_not_again() -> None:
+@pytest.mark.parametrize("kind", [*ERRORS, "garbage"])
+def test_where_one_router_fails_another_one_is_asked_at_once_and_that_one_not_again(kind: str) -> None:
     async def ask_twice(routers: Routers) -> list[int]:
         ask = ask_of(routers)
         return [(await chosen_by(ask)).instance_id for _ in range(2)]
 
-    routers = Routers(r1="gone", r2="good")
+    routers = Routers(r1=kind, r2="good")
     assert asyncio.run(ask_twice(routers)) == [8, 8]
     assert routers.asked == [1, 2, 2]
 
@@ -129,16 +130,18 @@ def test_a_router_that_answered_too_late_is_asked_again_at_once() -> None:
     assert routers.asked == [1, 1]
 
 
-@pytest.mark.parametrize("kind", ["small", "wrong", "garbage"])
-def test_a_router_that_cannot_answer_one_question_is_asked_the_next_one(kind: str) -> None:
-    async def ask_both(routers: Routers) -> int:
+@pytest.mark.parametrize("kind", [*ERRORS, "garbage"])
+def test_a_router_that_fails_rests_and_is_asked_again(kind: str) -> None:
+    async def ask_thrice(routers: Routers) -> int:
         ask = ask_of(routers)
         await chosen_by(ask)
         routers.kinds[1] = "good"
+        await chosen_by(ask)
+        await asyncio.sleep(REST_S)
         return (await chosen_by(ask)).instance_id
 
-    routers = Routers(r1=kind, r2="good")
-    assert asyncio.run(ask_both(routers)) == 8
+    routers = Routers(r1=kind)
+    assert asyncio.run(ask_thrice(routers)) == 8
     assert routers.asked == [1, 1]
 
 

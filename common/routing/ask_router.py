@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from common.dynamo import releases
 from common.dynamo.failover import Chosen, RequestContext, RoundRobin
 from common.dynamo.runtime import Client, Context
-from common.wire import KV_BLOCK_SIZE, Envelope, RouteTrace, WorkerFound, WorkerQuestion, to_wire
+from common.wire import KV_BLOCK_SIZE, RouteTrace, WorkerFound, WorkerQuestion, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
 ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
 _NUM_LOOKS = 5
-REST_S = 0.5  # of a router that has answered nobody for SILENCE_S, or until it does
+REST_S = 0.5  # of a router that fails, or has answered nobody for SILENCE_S, or until it does
 SILENCE_S = 0.1
 _ENDING_TIMEOUT_S = 30.0
 
@@ -64,18 +63,16 @@ class AskRouter:
         """None where nobody answers, or names none of these. What is booked ends with `booking`."""
         async with self._questions:
             while not context.is_stopped() and (router_id := await self._router()) is not None:
-                question, asked_s = self._question(router_id, request, instance_ids), time.monotonic()
+                question = context.record.envelope.around(self._question(router_id, request["token_ids"], instance_ids))
+                asked_s = time.monotonic()
                 try:
                     found = await booking.enter_async_context(self._booked(router_id, question))
                 except TimeoutError as error:
                     if time.monotonic() - self._last_answer_s > SILENCE_S:  # otherwise it is only slow
                         self._rest(router_id, error)
                     return None
-                except Exception as error:
-                    if _is_about_the_question(error):
-                        self._announce(router_id, error)
-                        return None
-                    self._rest(router_id, error)  # one that was killed is still listed; another one may be there
+                except Exception as error:  # one that was killed is still listed; another one may be there
+                    self._rest(router_id, error)
                     continue
                 if found.hashed_block_size == KV_BLOCK_SIZE:
                     self._takes_hashes.add(router_id)
@@ -86,14 +83,13 @@ class AskRouter:
                 return None
         return None
 
-    def _question(self, router_id: int, request: dict[str, Any], instance_ids: Sequence[int]) -> dict[str, Any]:
-        question, token_ids = WorkerQuestion(list(instance_ids), request["token_ids"]), request["token_ids"]
-        if router_id in self._takes_hashes:
-            from common.routing.kv_blocks import block_hashes, packed  # not on a Dynamo that is older than routers
+    def _question(self, router_id: int, token_ids: list[int], instance_ids: Sequence[int]) -> dict[str, Any]:
+        if router_id not in self._takes_hashes:
+            return to_wire(WorkerQuestion(list(instance_ids), token_ids))
+        from common.routing.kv_blocks import block_hashes, packed  # not on a Dynamo that is older than routers
 
-            hashes = packed(block_hashes(token_ids))
-            question = WorkerQuestion(list(instance_ids), num_tokens=len(token_ids), tokens_hashes=hashes)
-        return Envelope.taken_from({**request}).around(to_wire(question))
+        hashes = packed(block_hashes(token_ids))
+        return to_wire(WorkerQuestion(list(instance_ids), num_tokens=len(token_ids), tokens_hashes=hashes))
 
     @asynccontextmanager
     async def _booked(self, router_id: int, question: dict[str, Any]) -> AsyncIterator[WorkerFound]:
@@ -147,18 +143,9 @@ class AskRouter:
     def _rest(self, router_id: int, error: Exception) -> None:
         """Ask it no more for a while."""
         self._rests_until[router_id] = time.monotonic() + REST_S
-        self._announce(router_id, error)
-
-    def _announce(self, router_id: int, error: Exception) -> None:
         if not self._is_announced:
             logger.warning("router %x does not answer: %r", router_id, error)
             self._is_announced = True
-
-
-def _is_about_the_question(error: Exception) -> bool:
-    """Whether the router answers other questions all the same."""
-    is_an_answer = isinstance(error, msgspec.ValidationError) or releases.is_raised_by_worker(error)
-    return is_an_answer or releases.is_too_large(error)
 
 
 async def within_loop_time(answer: asyncio.Future[T]) -> T:

@@ -6,16 +6,13 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from common.routing.cached_blocks import CachedBlocks
-
-if TYPE_CHECKING:
-    from sglang.srt.server_args import ServerArgs
+from common.routing.kv_blocks import CachedBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +37,6 @@ class CacheEvents:
         self._endpoint = endpoint
         self._next_number: int | None = None  # some may have come before us, without harm
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
-
-    @classmethod
-    def of(cls, server_args: "ServerArgs") -> "CacheEvents | None":
-        """None where SGLang tells nobody, or somebody else."""
-        endpoint: str = json.loads(server_args.kv_events_config or "{}").get("endpoint", "")
-        return cls(endpoint) if endpoint.startswith("ipc://") else None
 
     async def connect(self) -> None:
         """Call before the first request, and then `follow`. The socket's file is removed: nobody else shall connect.

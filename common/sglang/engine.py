@@ -1,6 +1,7 @@
 """`sglang.Engine` as the engine script uses it: start, describe, generate, abort, shut down."""
 
 import asyncio
+import json
 import os
 import signal
 import uuid
@@ -44,7 +45,7 @@ class SGLangEngine:
         self._tokenizer_manager = self._engine.tokenizer_manager
         self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
-        self.cache_events = _cache_events(server_args)
+        self.cache_events = cache_events_of(server_args.kv_events_config)
         self._max_cached_tokens: int = self._engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         model_config = self._tokenizer_manager.model_config
         tokenizer_id = tokenizer_sha256(server_args.tokenizer_path or server_args.model_path, server_args.revision)
@@ -133,13 +134,14 @@ class SGLangEngine:
         self._tokenizer_manager.abort_request(rid=rid)
 
 
-def _cache_events(server_args: "ServerArgs") -> "CacheEvents | None":
-    """None where nobody asked for them: they need more of Dynamo than its oldest releases have."""
-    if not server_args.kv_events_config:
+def cache_events_of(kv_events_config: str | None) -> "CacheEvents | None":
+    """None where SGLang tells nobody, or somebody else: they need more of Dynamo than its oldest releases have."""
+    endpoint: str = json.loads(kv_events_config or "{}").get("endpoint", "")
+    if not endpoint.startswith("ipc://"):
         return None
     from common.sglang.cache_events import CacheEvents
 
-    return CacheEvents.of(server_args)
+    return CacheEvents(endpoint)
 
 
 def _sigterm_as_sigint() -> type:
