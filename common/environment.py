@@ -18,6 +18,8 @@ _INFO = ",".join(["info", "_core=error", *(f"dynamo_runtime::{module}=warn" for 
 # A reader that has left is an error to it. To us it is a request that was cancelled, and in a router how each one ends.
 _INFO += ",dynamo_runtime::pipeline::network::ingress::push_handler=off"
 
+STARTUP_TIMEOUT_S = float(os.environ.get("DYN_CHAT_STARTUP_TIMEOUT_S", "300"))
+DRAIN_TIMEOUT_S = float(os.environ.get("DYN_CHAT_DRAIN_TIMEOUT_S", "60"))
 _MAX_SYSTEM_PORT = 32767
 CPUS_VARIABLE = "DYN_CHAT_CPUS"
 _RANGE = re.compile(r"\s*(\d+)(?:-(\d+))?\s*")

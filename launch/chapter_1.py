@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from common.environment import prepare_environment
 from common.sglang.engine_args import CPU_DEFAULTS, CPU_ENVIRONMENT
 from launch.command import run_command, say
 from launch.first_question import show_answer
@@ -16,11 +17,9 @@ from launch.infra import listens, require_given_servers, server_programs
 from launch.logs import shown
 from launch.model import ROOT
 from launch.program import Program
+from launch.run import script_program
 from launch.settings import Settings
 from launch.supervisor import Supervisor
-
-# The scripts are plain Dynamo: these tell it to use NATS, and to stay on this machine, as ours do by themselves.
-DYNAMO_ENVIRONMENT = {"DYN_REQUEST_PLANE": "nats", "DYN_TCP_RESPONSE_STREAM_HOST": "lo", "ETCD_LEASE_TTL": "10"}
 
 
 async def run(settings: Settings) -> None:
@@ -46,18 +45,10 @@ def chapter_programs(settings: Settings) -> list[Program]:
         "processor": ["--model", settings.model],
         "frontend": ["--port", str(settings.http_port)],
     }
-    environ = DYNAMO_ENVIRONMENT | os.environ | settings.server_variables | {"PYTHONUNBUFFERED": "1"}
-    if not has_gpu:
-        # SGLang loads our platform by its name, `common...`, which other packages of the environment have, too.
-        environ |= {"SGLANG_PLATFORM": "cpu_torch_native", "PYTHONPATH": str(ROOT)} | CPU_ENVIRONMENT
-    ports = {"frontend": {"HTTP_PORT": settings.http_port}}
+    # SGLang loads our platform by its name, `common...`, which other packages of the environment have, too.
+    on_cpu = {"SGLANG_PLATFORM": "cpu_torch_native", "PYTHONPATH": str(ROOT)} | CPU_ENVIRONMENT
     return [
-        Program(
-            name=name,
-            command=[sys.executable, f"docs/chapter-1/{name}.py", *words],
-            environ=environ,
-            ports=ports.get(name, {}),
-        )
+        script_program(settings, name, [f"docs/chapter-1/{name}.py", *words], **({} if has_gpu else on_cpu))
         for name, words in arguments.items()
     ]
 
@@ -71,6 +62,7 @@ def cpu_flags() -> list[str]:
 
 async def main() -> None:
     """`python -m launch.chapter_1`, behind `make chapter-1`."""
+    prepare_environment()  # the scripts are plain Dynamo: so it uses NATS, and stays on this machine, as with ours
     await run(Settings.from_environ(os.environ))
 
 

@@ -15,6 +15,7 @@ import psutil
 from launch.command import LaunchError, say
 from launch.logs import shown
 from launch.settings import Settings
+from launch.supervisor import MAX_PAUSE_S, MIN_LIFE_S, STOP_S
 
 POLL_S = 0.1
 
@@ -48,18 +49,14 @@ def restart(folder: Path, name: str) -> None:
     Raises:
         LaunchError: there is no such program, or it does not stay up.
     """
-    from launch.supervisor import (
-        MAX_PAUSE_S,
-        MIN_LIFE_S,
-        STOP_S,
-    )  # imports Dynamo, which `make status` need not wait for
-
     programs = find(folder)
     if not any(programs.values()) or name not in programs:
         raise LaunchError(f"no {name} runs here; {', '.join(programs) or 'nothing'} does")
     old = programs[name]
     if old is not None:
-        _stop(old, STOP_S)
+        old.terminate()
+        if not _ends_within(old, STOP_S):
+            os.killpg(old.pid, signal.SIGKILL)
         say(f"{name}: stopped")
     deadline = time.monotonic() + MAX_PAUSE_S + MIN_LIFE_S
     while (new := find(folder).get(name)) in (None, old) and time.monotonic() < deadline:
@@ -69,19 +66,9 @@ def restart(folder: Path, name: str) -> None:
     say(f"{name}: started")
 
 
-def _stop(process: psutil.Process, timeout_s: float) -> None:
-    process.terminate()
-    if not _ends_within(process, timeout_s):
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def _ends_within(process: psutil.Process, timeout_s: float) -> bool:
-    try:
-        process.wait(timeout_s)
-    except psutil.TimeoutExpired:
-        return False
-    return True
+    gone, _ = psutil.wait_procs([process], timeout_s)
+    return bool(gone)
 
 
 def main() -> None:

@@ -3,15 +3,15 @@
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import time
+from contextlib import suppress
 from typing import Any
 
 import httpx
 
 from launch.command import LaunchError, say
-from launch.settings import BIN, LOOPBACK, Settings
+from launch.settings import BIN, Settings
 
 ANSWER_TIMEOUT_S = 300
 
@@ -57,29 +57,21 @@ def curl_command(settings: Settings) -> str:
 
 
 def ask(settings: Settings) -> dict[str, Any]:
-    """Send the question with that very command, or without curl on this machine, the same bytes.
+    """What that command sends, and its answer.
 
     Raises:
         LaunchError: it is not a chat completion with content.
     """
-    command = curl_command(settings)
-    if shutil.which("curl"):
-        no_proxy = {"NO_PROXY": f"localhost,{LOOPBACK}", "no_proxy": f"localhost,{LOOPBACK}"}
-        body = _output(["sh", "-c", command], **no_proxy)
-    else:
-        _, _, _, url, *_, question = shlex.split(command)
-        try:
-            _, body = fetch(url, question, timeout_s=ANSWER_TIMEOUT_S)
-        except httpx.HTTPError as error:
-            raise LaunchError(f"the request failed: {error}") from error
+    _, _, _, url, *_, question = shlex.split(curl_command(settings))
     try:
+        _, body = fetch(url, question, timeout_s=ANSWER_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise LaunchError(f"the request failed: {error}") from error
+    with suppress(ValueError, LookupError, TypeError):
         answer: dict[str, Any] = json.loads(body)
-        is_answer = bool(answer["choices"][0]["message"]["content"])
-    except (ValueError, LookupError, TypeError):
-        is_answer = False
-    if not is_answer:
-        raise LaunchError(f"the answer is not a chat completion with content: {body.strip() or 'nothing'}")
-    return answer
+        if answer["choices"][0]["message"]["content"]:
+            return answer
+    raise LaunchError(f"the answer is not a chat completion with content: {body.strip() or 'nothing'}")
 
 
 def fetch(url: str, json_body: str | None = None, *, timeout_s: float) -> tuple[int, str]:
@@ -95,22 +87,6 @@ def fetch(url: str, json_body: str | None = None, *, timeout_s: float) -> tuple[
     return response.status_code, response.text
 
 
-def _output(command: list[str], **environ: str) -> str:
-    """What a command prints. Raises LaunchError with its last complaint where it fails."""
-    # etcdctl refuses to run where this variable and its flag are both there.
-    inherited = {name: value for name, value in os.environ.items() if name != "ETCDCTL_ENDPOINTS"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, env=inherited | environ
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LaunchError(f"{command[0]} failed: {error}") from error
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise LaunchError(f"the request failed: {said[-1]}")
-    return done.stdout
-
-
 def etcdctl_command(settings: Settings) -> str:
     """As a reader types it, from the checkout."""
     is_default = settings.etcd_endpoints in ("http://127.0.0.1:2379", "http://localhost:2379")
@@ -124,8 +100,14 @@ def instances(settings: Settings) -> str:
     Raises:
         LaunchError: the engine or the processor is not among them.
     """
-    secured = {theirs: os.environ[ours] for ours, theirs in ETCDCTL_VARIABLES.items() if os.environ.get(ours)}
-    found = _output([str(BIN / "etcdctl"), *shlex.split(etcdctl_command(settings))[1:]], **secured)
+    # etcdctl refuses to run where this variable and its flag are both there.
+    environ = {name: value for name, value in os.environ.items() if name != "ETCDCTL_ENDPOINTS"}
+    environ |= {theirs: os.environ[ours] for ours, theirs in ETCDCTL_VARIABLES.items() if os.environ.get(ours)}
+    command = [str(BIN / "etcdctl"), *shlex.split(etcdctl_command(settings))[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)  # gives up after 5 s by itself
+    found = done.stdout
+    if done.returncode != 0:
+        raise LaunchError(f"etcdctl failed: {done.stderr.strip()}")
     for instance in ("inference/engine/generate", "inference/processor/process"):
         if f"v1/instances/{instance}/" not in found:
             raise LaunchError(f"etcd knows no instance of {instance}: {found.strip() or 'it is empty'}")

@@ -57,13 +57,6 @@ def last_lines(log: Path, num_lines: int) -> list[str]:
     return [text for line in lines if (text := _clean(line))][-num_lines:]
 
 
-def says_that_it_serves(log: Path, num_bytes: int) -> bool:
-    """A component, in what it has logged after the first `num_bytes`."""
-    with log.open("rb") as file:
-        file.seek(num_bytes)
-        return re.search(rb"\bserving (inference/|http://)", file.read()) is not None
-
-
 def _clean(line: bytes) -> str:
     return _COLOURS.sub("", line.decode(errors="replace")).rstrip()
 

@@ -26,16 +26,12 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """`ports` of loopback are those that it listens on, each by the variable that moves it.
-
-    may_overlap: whether a second process of it may start while the first one serves.
-    """
+    """`ports` of loopback are those that it listens on, each by the variable that moves it."""
 
     name: str
     command: Sequence[str]
     environ: Mapping[str, str]
     ports: Mapping[str, int] = field(default_factory=dict)
-    may_overlap: bool = False
 
     def require_free_ports(self) -> None:
         """Look before it is started: its own complaint would be a line in a log.

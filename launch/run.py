@@ -60,31 +60,26 @@ def component_programs(settings: Settings) -> list[Program]:
 
     The frontend stops first, so that what it waits for is still there.
     """
-    python = sys.executable
     kv_events = ["--kv-events"] if settings.has_router else []
-    engine = [python, "engine.py", "--model-path", settings.model, *kv_events, *settings.engine_args]
+    engine = ["engine.py", "--model-path", settings.model, *kv_events, *settings.engine_args]
+    engine_names = ["engine", *(f"engine-{number}" for number in range(2, settings.num_engines + 1))]
     commands = {
-        **{engine_name(number): engine for number in range(settings.num_engines)},
-        "processor": [python, "processor.py", "--model", settings.model],
-        "frontend": [python, "frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port), "--share-port"],
-        "router": [python, "router.py"],
+        **dict.fromkeys(engine_names, engine),
+        "processor": ["processor.py", "--model", settings.model],
+        "frontend": ["frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port)],
+        "router": ["router.py"],
     }
-    environ = os.environ | settings.server_variables | {"PYTHONUNBUFFERED": "1"}
-    ports = {"frontend": {"HTTP_PORT": settings.http_port}}
-    return [
-        Program(
-            name=name,
-            command=command,
-            environ=environ,
-            ports=ports.get(name, {}),
-            may_overlap=command is not engine,  # two models may not fit into the memory
-        )
-        for name, command in commands.items()
-    ]
+    return [script_program(settings, name, command) for name, command in commands.items()]
 
 
-def engine_name(number: int) -> str:
-    return f"engine-{number + 1}" if number else "engine"
+def script_program(settings: Settings, name: str, command: list[str], **variables: str) -> Program:
+    """A script and its arguments, with what the environment says, the servers' addresses, and `variables`."""
+    return Program(
+        name=name,
+        command=[sys.executable, *command],
+        environ=os.environ | settings.server_variables | {"PYTHONUNBUFFERED": "1"} | variables,
+        ports={"HTTP_PORT": settings.http_port} if name == "frontend" else {},
+    )
 
 
 async def show_router(settings: Settings, supervisor: Supervisor, router: Program) -> None:

@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
-from common.dynamo.runtime import DRAIN_TIMEOUT_S
+from common.environment import DRAIN_TIMEOUT_S
 from launch.command import LaunchError, say
-from launch.logs import last_lines, says_that_it_serves, shown
+from launch.logs import last_lines, shown
 from launch.program import POLL_S, Program, ended, how_it_ended, kill_group
 
 STOP_S = DRAIN_TIMEOUT_S + 30.0
@@ -41,9 +41,7 @@ class Supervisor:
         self.programs = programs
         self._num_deaths: Counter[str] = Counter()
         self._restarting: set[str] = set()
-        self._started: dict[str, Program] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
         self._keepers: list[asyncio.Task[None]] = []
 
     def log_file(self, name: str) -> Path:
@@ -107,45 +105,11 @@ class Supervisor:
             process.terminate()
             asyncio.get_running_loop().call_later(STOP_S, _kill_if_up, process)
 
-    async def replace(self, name: str) -> None:
-        """Start a program once more, and stop the process that served until now as soon as the new one does.
-
-        Where the new one ends before that, or this is cancelled, the old one goes on. A program that runs once at most,
-        or not at all just now, is restarted.
-        """
-        if name not in self._started:
-            return
-        if not self._started[name].may_overlap or self._processes[name].poll() is not None:
-            self.restart(name)
-            return
-        log = self.log_file(name)
-        num_bytes, new = log.stat().st_size, self._started[name].start(log)
-        try:
-            while not (is_serving := says_that_it_serves(log, num_bytes)) and new.poll() is None:
-                await asyncio.sleep(POLL_S)
-            if is_serving:
-                self._take_over(name, new)
-            else:
-                say(f"supervisor: the new {name} {how_it_ended(new)}; the old one keeps serving")
-                self._show_last_line(name)
-        finally:
-            if self._processes[name] is not new:
-                kill_group(new)
-
-    def _take_over(self, name: str, new: subprocess.Popen[bytes]) -> None:
-        old = self._processes[name]
-        self._set_process(name, new)
-        say(f"supervisor: {name} started, pid {new.pid}")
-        old.terminate()
-        leaving = asyncio.create_task(ended(old, STOP_S))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
-
     async def _keep(self, program: Program) -> None:
         pause_s, name = 0.0, program.name
         while True:
             started_at = time.monotonic()
-            while (process := self._processes[name]).poll() is None:  # another one where it is replaced meanwhile
+            while (process := self._processes[name]).poll() is None:
                 await asyncio.sleep(POLL_S)
                 _rotate(self.log_file(name))
             pause_s = 0.0 if time.monotonic() - started_at > MIN_LIFE_S else min(pause_s + 1.0, MAX_PAUSE_S)
@@ -154,19 +118,15 @@ class Supervisor:
             await ended(process, 0)
             await self._pause(name, pause_s)
             self._restarting.discard(name)
-            if self._processes[name] is process:
-                self._start(program)
-                say(f"supervisor: {name} started, pid {self._processes[name].pid}")
+            self._start(program)
+            say(f"supervisor: {name} started, pid {self._processes[name].pid}")
 
     def _report_death(self, name: str, process: subprocess.Popen[bytes], pause_s: float) -> None:
         self._num_deaths[name] += 1
         when = f" in {pause_s:.0f} s" if pause_s else ""
         say(f"supervisor: {name} {how_it_ended(process)}; it is started again{when}, the others are left alone")
         if process.returncode > 0:
-            self._show_last_line(name)
-
-    def _show_last_line(self, name: str) -> None:
-        say(f"supervisor: its last line: {''.join(last_lines(self.log_file(name), 1))}")
+            say(f"supervisor: its last line: {''.join(last_lines(self.log_file(name), 1))}")
 
     async def _pause(self, name: str, pause_s: float) -> None:
         """At once when somebody asks for a restart meanwhile: what kept it from staying up is mended, perhaps."""
@@ -175,12 +135,8 @@ class Supervisor:
             await asyncio.sleep(POLL_S)
 
     def _start(self, program: Program) -> None:
-        self._started[program.name] = program
-        self._set_process(program.name, program.start(self.log_file(program.name)))
-
-    def _set_process(self, name: str, process: subprocess.Popen[bytes]) -> None:
-        self._processes[name] = process
-        (self.folder / f"{name}.pid").write_text(str(process.pid))
+        process = self._processes[program.name] = program.start(self.log_file(program.name))
+        (self.folder / f"{program.name}.pid").write_text(str(process.pid))
 
     async def _stop_all(self) -> None:
         for keeper in self._keepers:
@@ -189,12 +145,9 @@ class Supervisor:
             for process in reversed(self._processes.values()):
                 process.terminate()
                 await ended(process, STOP_S)
-            await asyncio.gather(*self._leaving)
         finally:  # a second Ctrl-C ends the patience with programs that drain
             for process in self._processes.values():
                 _kill_if_up(process)
-            for leaving in self._leaving:
-                leaving.cancel()
             self._remove_files("*.pid")
 
     def _remove_files(self, pattern: str) -> None:

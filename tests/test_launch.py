@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.dynamo.runtime import DRAIN_TIMEOUT_S
+from common.environment import DRAIN_TIMEOUT_S
 from launch import control, first_question, logs, model, program, supervisor
 from launch.command import LaunchError
 from launch.model import MANIFEST_FILE
@@ -410,14 +410,10 @@ class FakeFrontend(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("has_curl", [pytest.param(True, marks=pytest.mark.needs("curl")), False])
 class TestFirstQuestion:
     @pytest.fixture
-    def ask(self, has_curl: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bytes], object]]:
+    def ask(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, bytes], object]]:
         """Asks a frontend that answers with this status and body."""
-        if not has_curl:
-            monkeypatch.setattr(first_question.shutil, "which", lambda name: None)
-
         with ThreadingHTTPServer(("127.0.0.1", 0), FakeFrontend) as server:
             threading.Thread(target=server.serve_forever, args=(0.02,)).start()
             settings = Settings.from_environ({"HTTP_PORT": str(server.server_port), "MODEL": "it's a model"})
@@ -448,9 +444,7 @@ class TestFirstQuestion:
         with pytest.raises(LaunchError, match="no engine"):
             ask(status, body)
 
-    def test_nobody_there_is_an_error(self, has_curl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        if not has_curl:
-            monkeypatch.setattr(first_question.shutil, "which", lambda name: None)
+    def test_nobody_there_is_an_error(self) -> None:
         with pytest.raises(LaunchError, match="the request failed"):
             first_question.ask(Settings.from_environ({"HTTP_PORT": str(free_port())}))
 

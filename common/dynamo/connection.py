@@ -15,12 +15,11 @@ from typing import Any
 from common.dynamo import releases
 from common.dynamo.network import choose_response_address, keep_detecting_dead_peers
 from common.dynamo.servers import ServersMissing, check_access, wait_for_servers
+from common.environment import DRAIN_TIMEOUT_S, STARTUP_TIMEOUT_S
 from common.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-STARTUP_TIMEOUT_S = float(os.environ.get("DYN_CHAT_STARTUP_TIMEOUT_S", "300"))
-DRAIN_TIMEOUT_S = float(os.environ.get("DYN_CHAT_DRAIN_TIMEOUT_S", "60"))
 # Callers learn from etcd within milliseconds that we left; a request sent before that is still answered.
 _FAREWELL_S = 0.5
 _LEAVE_TIMEOUT_S = 5.0

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from common.dynamo.context import RequestContext
-from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, Context
+from common.dynamo.runtime import Client, Context
+from common.environment import DRAIN_TIMEOUT_S
 from common.errors import Unavailable
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec
 
 from common.dynamo import releases
-from common.dynamo.connection import DRAIN_TIMEOUT_S, RECONNECT_PAUSE_S, Connection
+from common.dynamo.connection import RECONNECT_PAUSE_S, Connection
 from common.dynamo.network import RESPONSE_HOST, detect_dead_peers, is_out_of_reach
 from common.dynamo.releases import Context
 from common.dynamo.servers import ServersMissing, is_lease_known
@@ -25,7 +25,6 @@ from common.environment import check_system_port, chosen_cpus, stay_on
 from common.observability.logs import format_records
 
 __all__ = [
-    "DRAIN_TIMEOUT_S",
     "Client",
     "Context",
     "DistributedRuntime",

@@ -18,7 +18,8 @@ from starlette.requests import Request
 
 from common.arguments import FrontendArgs
 from common.dynamo.directories import ModelDirectory
-from common.dynamo.runtime import DRAIN_TIMEOUT_S, Client, DistributedRuntime
+from common.dynamo.runtime import Client, DistributedRuntime
+from common.environment import DRAIN_TIMEOUT_S
 from common.errors import ModelNotFound, Unavailable
 from common.http.errors import install_error_handlers
 from common.http.middleware import CHAT_PATH, HEADER, ApiKeys, Chats, HostNames, RequestId
