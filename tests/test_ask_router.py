@@ -219,6 +219,27 @@ def test_a_busy_event_loop_is_not_taken_for_a_silent_router() -> None:
     assert asyncio.run(ask()) == 7
 
 
+def test_a_loop_that_stays_busy_is_not_taken_for_a_silent_router_either() -> None:
+    async def answer() -> int:
+        for _ in range(8):  # as many steps as it may take here
+            await asyncio.sleep(0.001)
+        return 7
+
+    async def keep_busy() -> None:
+        while True:
+            time.sleep(0.03)
+            await asyncio.sleep(0)
+
+    async def ask() -> int:
+        busy = asyncio.create_task(keep_busy())
+        try:
+            return await within_loop_time(asyncio.ensure_future(answer()))
+        finally:
+            busy.cancel()
+
+    assert asyncio.run(ask()) == 7
+
+
 def test_a_silent_router_is_waited_for_no_longer_than_the_deadline() -> None:
     async def ask() -> float:
         started_s = time.monotonic()

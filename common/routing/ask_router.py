@@ -21,7 +21,7 @@ T = TypeVar("T")
 MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
 ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
-_NUM_LOOKS = 5
+_NUM_LOOKS, _LOOK_S = 5, ANSWER_TIMEOUT_S / 5
 REST_S = 0.5  # of a router that fails, or has answered nobody for SILENCE_S, or until it does
 SILENCE_S = 0.1
 _ENDING_TIMEOUT_S = 30.0
@@ -149,12 +149,15 @@ class AskRouter:
 
 
 async def within_loop_time(answer: asyncio.Future[T]) -> T:
-    """What comes of it within ANSWER_TIMEOUT_S, in several looks: while the loop is busy, answers wait to be seen.
+    """What comes of it within ANSWER_TIMEOUT_S of a loop that has time: while it is busy, answers wait to be seen.
 
     Raises:
         TimeoutError: nothing until then.
     """
-    for _ in range(_NUM_LOOKS):
-        if (await asyncio.wait((answer,), timeout=ANSWER_TIMEOUT_S / _NUM_LOOKS))[0]:
+    num_looks = _NUM_LOOKS
+    while num_looks:
+        began_s = time.monotonic()
+        if (await asyncio.wait((answer,), timeout=_LOOK_S))[0]:
             return answer.result()
+        num_looks -= time.monotonic() - began_s < 2 * _LOOK_S
     raise TimeoutError
