@@ -2,9 +2,8 @@
 PARTS=${PARTS:-/tmp/kit} SITE=${SITE:-/tmp/site}
 if [ ! -e "$SITE/.complete" ]; then
   rm -rf "$SITE"
-  cat "$PARTS"/part.* | python3 -c "
-import lzma, sys, tarfile
-tarfile.open(fileobj=lzma.open(sys.stdin.buffer), mode='r|').extractall(sys.argv[1], filter='fully_trusted')" "$SITE"
+  mkdir -p "$SITE"
+  cat "$PARTS"/part.* | xz --decompress --threads=0 | tar -C "$SITE" -x
   # A PyTorch looks for CUDA's libraries beside itself; those of the machine's own PyTorch fit.
   python3 - "$SITE/nvidia" <<'PYTHON'
 import sys
