@@ -153,7 +153,7 @@ def outcomes(engine: Process) -> list[str]:
 
 
 def ask(pipeline: Pipeline, **fields: object) -> httpx.Response:
-    return httpx.post(f"{pipeline.url}/v1/chat/completions", json=STORY | {"max_tokens": 1} | fields, timeout=120)
+    return httpx.post(f"{pipeline.url}/v1/chat/completions", json=STORY | {"max_tokens": 1} | fields, timeout=READY_S)
 
 
 def test_a_prompt_above_what_the_engine_takes_is_refused(watched: Pipeline) -> None:

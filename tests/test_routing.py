@@ -3,6 +3,7 @@
 import asyncio
 import random
 import runpy
+import statistics
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator
@@ -352,10 +353,10 @@ def test_a_temperature_lets_the_second_best_win_now_and_then() -> None:
     assert found[2] > found[1] > 20
 
 
-def test_a_decision_costs_less_than_a_third_of_a_millisecond() -> None:
-    """With 4,096 tokens and 8 workers that have it all."""
+def test_a_decision_costs_less_than_four_looks_into_the_index() -> None:
+    """With 4,096 tokens and 8 workers that have it all: 0.3 ms of CPU time where hashing and looking take 0.08."""
 
-    async def decide() -> float:
+    async def decide_and_look() -> tuple[float, float]:
         chooser = Chooser()
         cached, token_ids, worker_ids = CachedBlocks(), prompt(1, 4096), list(range(1, 9))
         store(cached, token_ids, 16)
@@ -363,14 +364,20 @@ def test_a_decision_costs_less_than_a_third_of_a_millisecond() -> None:
             for message in cached._snapshot():
                 chooser.told.tell(worker_id, message)
         question, context = WorkerQuestion(worker_ids, token_ids), request_context("router")
-        started_s = time.process_time()
+        deciding_s, looking_s = [], []
         for _ in range(200):
+            started_s = time.process_time()
             stream = chooser.handler.find_worker(question, context)
             assert (await anext(stream)).num_cached_tokens == 4096
             await stream.aclose()
-        return (time.process_time() - started_s) / 200
+            decided_s = time.process_time()
+            assert len(chooser.told.index.num_cached_blocks(kv_blocks.block_hashes(token_ids))) == 8
+            deciding_s.append(decided_s - started_s)
+            looking_s.append(time.process_time() - decided_s)
+        return statistics.median(deciding_s), statistics.median(looking_s)
 
-    assert asyncio.run(decide()) <= 0.0003
+    deciding_s, looking_s = asyncio.run(decide_and_look())
+    assert deciding_s < 4 * looking_s
 
 
 def test_the_policy_of_the_experiments_page_sends_all_that_begin_alike_to_one(tmp_path: Path) -> None:
