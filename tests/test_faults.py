@@ -207,7 +207,9 @@ def test_a_short_outage_fails_no_request(scripts: Pipeline, server: str) -> None
 
 @each_server
 def test_the_pipeline_lives_through_an_outage_longer_than_lease_and_patience(hasty: Pipeline, server: str) -> None:
-    assert outcomes_of_an_outage(hasty, server, HASTY_S + 3, patience_s=HASTY_S) == {"200", "503 unavailable"}
+    """What NATS' client had already taken when NATS went is answered once it is back: that may be all requests."""
+    outcomes = outcomes_of_an_outage(hasty, server, HASTY_S + 3, patience_s=HASTY_S)
+    assert outcomes - {"503 unavailable"} == {"200"}
 
 
 @pytest.mark.long
