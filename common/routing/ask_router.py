@@ -22,7 +22,8 @@ MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
 ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
 _NUM_LOOKS, _LOOK_S = 5, ANSWER_TIMEOUT_S / 5
-REST_S = 0.5  # of a router that fails, or has answered nobody for SILENCE_S, or until it does
+# A router that failed, or has answered nobody for SILENCE_S, is not asked for REST_S, or until a late answer comes.
+REST_S = 0.5
 SILENCE_S = 0.1
 _ENDING_TIMEOUT_S = 30.0
 
@@ -149,7 +150,8 @@ class AskRouter:
 
 
 async def within_loop_time(answer: asyncio.Future[T]) -> T:
-    """What comes of it within ANSWER_TIMEOUT_S of a loop that has time: while it is busy, answers wait to be seen.
+    """Its result, if it comes within ANSWER_TIMEOUT_S. Time in which the event loop is busy does not count: answers
+    that are there already wait to be seen.
 
     Raises:
         TimeoutError: nothing until then.
