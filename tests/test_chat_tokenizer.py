@@ -168,7 +168,7 @@ def test_a_tokenizer_that_cuts_or_pads_does_neither_here(reference: PreTrainedTo
 
 
 WITHOUT_TORCH = """
-import asyncio, json, sys, time
+import asyncio, json, sys
 from pathlib import Path
 from typing import Any
 import processor
@@ -181,7 +181,6 @@ requests = [parse_chat_request({"model": "m", "messages": [{"role": "user", "con
 told = {"ids": {}, "defaults": {}}
 for model in models:
     tokenizer = processor.ChatTokenizer.load(model)
-    told.setdefault("cpu_s", time.process_time())
     told.setdefault("peak_mb", int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
     limits = ContextLimits.of([tokenizer.model])
     told["defaults"][model] = tokenizer.sampling_defaults
@@ -203,7 +202,7 @@ def folder_of(tokenizer: Tokenizer, folder: Path) -> str:
 
 @pytest.mark.process
 def test_a_processor_makes_the_same_ids_without_pytorch(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
-    """Its import would take six seconds and 600 MB."""
+    """Its import would take six seconds and 600 MB. Memory is the bar: a machine that is half as fast needs as much."""
     made = [folder_of(backend, tmp_path / name) for name, backend in TOKENIZERS.items()]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, json.dumps([[MODEL, *made], TEXTS])],
@@ -216,7 +215,6 @@ def test_a_processor_makes_the_same_ids_without_pytorch(tokenizer: ChatTokenizer
     assert told["defaults"] == {MODEL: tokenizer.sampling_defaults} | {model: {"temperature": 0.25} for model in made}
     assert not {"torch", "sglang"} & set(told["modules"])
     assert told["peak_mb"] < 250
-    assert told["cpu_s"] < 3  # 1.7 s on an idle machine, 4 s with PyTorch
     assert "torch" not in done.stderr.lower()
 
 
