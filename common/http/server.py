@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,15 +14,15 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.telemetry import TelemetryConfig
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from common.arguments import FrontendArgs
 from common.dynamo.directories import ModelDirectory
 from common.dynamo.runtime import Client, DistributedRuntime
 from common.environment import DRAIN_TIMEOUT_S
-from common.errors import ModelNotFound, Unavailable
-from common.http.errors import install_error_handlers
-from common.http.middleware import CHAT_PATH, HEADER, ApiKeys, Chats, HostNames, RequestId
+from common.errors import MethodNotAllowed, ModelNotFound, NotFound, Unavailable
+from common.http.middleware import CHAT_PATH, REQUEST_ID, ChatRoute, Gate, RequestId, error_response
 from common.http.openapi import install_openapi
 from common.http.protocol import limit_unread, protocol_with
 from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -35,7 +35,13 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
-ChatRoute = Callable[[Request], Awaitable[Response]]
+# What clients try first, and what there is instead.
+_INSTEAD = {
+    "/v1/completions": "Send `messages` to /v1/chat/completions: there is chat only.",
+    "/v1/responses": "Use /v1/chat/completions: clients that prefer the Responses API have a setting for it.",
+    "/v1/embeddings": "There are no embeddings here: ask a server that runs an embedding model.",
+    "/chat/completions": "It is at /v1/chat/completions: end your client's base URL with /v1.",
+}
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,18 @@ def create_app(chat_completions: ChatRoute, pipeline: Pipeline, args: FrontendAr
     # The spans are ours (common/observability): FastAPI need not look for each request whether it is to make some.
     telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
     app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False, telemetry=telemetry)
-    app.add_route(CHAT_PATH, chat_completions, methods=["POST"])  # for those who list the routes: see `Chats`
-    app.add_middleware(Chats, respond=chat_completions, limit=args.max_concurrency)
-    install_error_handlers(app)
+    app.add_route(CHAT_PATH, chat_completions, methods=["POST"])  # for those who list the routes: see `Gate`
+    _add_routes(app, pipeline, metrics)
     install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
     if args.is_page_served:
         install_live_page(app, pipeline.models, pipeline.engine_client)
-    _add_routes(app, pipeline, metrics)
-    _add_middleware(app, args, metrics)
+    app.add_middleware(Gate, respond=chat_completions, args=args)
+    if args.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[REQUEST_ID],
+        )  # fmt: skip
+    app.add_middleware(RequestId, records=RequestRecords(metrics), is_path_shown=args.is_page_served)  # the outermost
     return app
 
 
@@ -100,17 +110,16 @@ def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=METRICS_TYPE)
 
+    @app.exception_handler(404)
+    async def nothing_there(request: Request, _: HTTPException) -> Response:
+        path = request.url.path
+        message = f"There is nothing at {path}. {_INSTEAD.get(path.rstrip('/'), '')}".rstrip()
+        return error_response(request.scope, NotFound(message))
 
-def _add_middleware(app: FastAPI, args: FrontendArgs, metrics: Metrics) -> None:
-    """The last one added is the outermost."""
-    app.add_middleware(ApiKeys, keys=args.api_keys)
-    if args.cors_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=args.cors_origins, allow_methods=["*"], allow_headers=["*"],
-            expose_headers=[HEADER],
-        )  # fmt: skip
-    app.add_middleware(HostNames, address=args.host, allowed=args.allowed_hosts)
-    app.add_middleware(RequestId, records=RequestRecords(metrics), is_path_shown=args.is_page_served)
+    @app.exception_handler(405)
+    async def not_allowed(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} is not allowed here."
+        return error_response(request.scope, MethodNotAllowed(message), dict(error.headers or {}))
 
 
 class _Server(uvicorn.Server):
