@@ -1,4 +1,4 @@
-"""uvicorn's connections, guarded: requests to upgrade, endless headers, broken framing, and closing without a reset.
+"""uvicorn's connections, guarded: upgrades, endless headers, broken framing, slow clients, and closing without a reset.
 
 httptools is kept for its speed: h11 costs 115 µs more per request, and 9 µs more per chunk of a stream.
 """
@@ -12,6 +12,7 @@ import orjson
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from common.arguments import FrontendArgs
 from common.errors import HeadersTooLarge, InvalidRequest, PipelineError
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -19,8 +20,6 @@ MAX_HEADERS = 100
 LINGER_S = 5.0
 LINGER_BYTES = 64 * 2**20
 _GONE_CHECK_S = 0.1
-# What a client that does not read makes us keep in the kernel, at most (it doubles the number).
-_SEND_BUFFER_BYTES = 128 * 1024
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -29,11 +28,26 @@ class GuardedProtocol(HttpToolsProtocol):
     An Upgrade is ignored, as RFC 9110 allows (7.8). Headers above MAX_HEADER_BYTES or MAX_HEADERS are a 431 and bad
     framing is a 400, both in OpenAI's envelope. An answer given before the end of its request is not lost in a reset.
     A client that closes its own direction after its request gets its answer.
+
+    deadlines: how long a client may take from the connection, or a request's first byte, to its last header; from there to
+    its last byte; and, when it lets answers pile up, until it has read some of them.
     """
 
+    deadlines = FrontendArgs()
     _num_header_bytes = 0  # of the target and the headers that were parsed
     _num_unparsed_bytes = 0  # since the parser last told of something
     _is_input_over = False
+    _receiving: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._receive_within(self.deadlines.header_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._received()
+        self._sent()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._num_unparsed_bytes += len(data)
@@ -82,6 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._num_unparsed_bytes = self._num_header_bytes = 0
+        self._receive_within(self.deadlines.header_timeout_s)
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -97,6 +112,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 raise InvalidRequest("This is no proxy.")
             return  # `_parse` begins again
         super().on_headers_complete()
+        # The app itself answers 408 first; this is for a client that goes on sending after that.
+        self._receive_within(self.deadlines.body_timeout_s + 1)
         self.headers = []  # trailers are counted, and are no headers
         self.cycle.transport = SimpleNamespace(  # type: ignore[assignment]
             write=self.transport.write, is_closing=self.transport.is_closing, close=self._close
@@ -109,6 +126,34 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not self.parser.should_upgrade():
             super().on_message_complete()
+            self._received()
+
+    def _receive_within(self, timeout_s: float) -> None:
+        self._received()
+        self._receiving = self.loop.call_later(timeout_s, self._on_late_request, timeout_s)
+
+    def _received(self) -> None:
+        if self._receiving is not None:
+            self._receiving.cancel()
+
+    def _on_late_request(self, timeout_s: float) -> None:
+        """Close, unless an answer is still going out: it has deadlines of its own."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._receive_within(timeout_s)
+        else:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._sending = self.loop.call_later(self.deadlines.send_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._sent()
+
+    def _sent(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
 
     def _refuse(self, error: PipelineError) -> None:
         """Answer what no request can be made of, after the answers that are owed, and read no further."""
@@ -166,81 +211,3 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.loop.call_later(_GONE_CHECK_S, self._drop_if_gone)
-
-
-class DeadlineProtocol(GuardedProtocol):
-    """uvicorn's protocol with a deadline for each thing that a client may take its time over.
-
-    header_timeout_s: from the connection, or a request's first byte, to its last header. body_timeout_s: from there
-    to its last byte. send_timeout_s: until a client that lets answers pile up has read some of them.
-    """
-
-    header_timeout_s: float
-    body_timeout_s: float
-    send_timeout_s: float
-
-    _receiving: asyncio.TimerHandle | None = None
-    _sending: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._receive_within(self.header_timeout_s)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._received()
-        self._sent()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._receive_within(self.header_timeout_s)
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        self._receive_within(self.body_timeout_s)
-
-    def on_message_complete(self) -> None:
-        super().on_message_complete()
-        self._received()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._sent()
-        self._sending = self.loop.call_later(self.send_timeout_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._sent()
-
-    def _receive_within(self, timeout_s: float) -> None:
-        self._received()
-        self._receiving = self.loop.call_later(timeout_s, self._on_late_request, timeout_s)
-
-    def _on_late_request(self, timeout_s: float) -> None:
-        """Close, unless an answer is still going out: it has deadlines of its own."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._receive_within(timeout_s)
-        else:
-            self.transport.close()
-
-    def _received(self) -> None:
-        if self._receiving is not None:
-            self._receiving.cancel()
-            self._receiving = None
-
-    def _sent(self) -> None:
-        if self._sending is not None:
-            self._sending.cancel()
-            self._sending = None
-
-
-def protocol_with(*, header_timeout_s: float, body_timeout_s: float, send_timeout_s: float) -> type[DeadlineProtocol]:
-    """The class that uvicorn makes its connections of."""
-    deadlines = {"header_timeout_s": header_timeout_s, "body_timeout_s": body_timeout_s}
-    return type("Protocol", (DeadlineProtocol,), {**deadlines, "send_timeout_s": send_timeout_s})
-
-
-def limit_unread(listener: socket.socket, timeout_s: float) -> None:
-    """For all connections of `listener`: how much may lie unread in the kernel, and for how long after we closed."""
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1000))

@@ -24,7 +24,7 @@ from common.environment import DRAIN_TIMEOUT_S
 from common.errors import MethodNotAllowed, ModelNotFound, NotFound, Unavailable
 from common.http.middleware import CHAT_PATH, REQUEST_ID, ChatRoute, Gate, RequestId, error_response
 from common.http.openapi import install_openapi
-from common.http.protocol import limit_unread, protocol_with
+from common.http.protocol import GuardedProtocol
 from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
@@ -34,6 +34,8 @@ from common.page.live_page import install_live_page
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+# What a client that does not read makes us keep in the kernel, at most (it doubles the number).
+_SEND_BUFFER_BYTES = 128 * 1024
 GET = ["GET", "HEAD"]  # a server that has GET has HEAD (RFC 9110, 9.1)
 # What clients try first, and what there is instead.
 _INSTEAD = {
@@ -130,26 +132,31 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _listen(host: str, port: int, *, is_shared: bool) -> socket.socket:
+def _listen(args: FrontendArgs) -> socket.socket:
+    address = args.host, args.port
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=is_shared)
+        family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server(address, family=family, backlog=_BACKLOG, reuse_port=args.is_port_shared)
     except OSError as error:
-        sys.exit(f"error: cannot listen on {host}:{port}: {error.strerror}. Choose another one with --port or --host.")
+        where = f"{args.host}:{args.port}: {error.strerror}"
+        sys.exit(f"error: cannot listen on {where}. Choose another one with --port or --host.")
+    # For all of its connections: how much may lie unread in the kernel, and for how long after we closed.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(args.send_timeout_s * 1000))
+    return listener
 
 
 async def serve_http(
     chat_completions: ChatRoute, pipeline: Pipeline, runtime: DistributedRuntime, args: FrontendArgs
 ) -> None:
     """Serve until the worker is told to stop; then finish the requests in flight, up to DRAIN_TIMEOUT_S."""
+
+    class Protocol(GuardedProtocol):
+        deadlines = args
+
     config = uvicorn.Config(
         create_app(chat_completions, pipeline, args, await runtime.metrics("frontend")),
-        http=protocol_with(
-            header_timeout_s=args.header_timeout_s,
-            # The app itself answers 408 first; this is for a client that goes on sending after that.
-            body_timeout_s=args.body_timeout_s + 1,
-            send_timeout_s=args.send_timeout_s,
-        ),
+        http=Protocol,
         loop="none",
         ws="none",
         lifespan="off",
@@ -166,8 +173,7 @@ async def serve_http(
         server.should_exit = True
 
     runtime.run_in_background(stop_with_worker())
-    listener = _listen(args.host, args.port, is_shared=args.is_port_shared)
-    limit_unread(listener, args.send_timeout_s)
+    listener = _listen(args)
     logger.info("serving http://%s:%d", args.host, args.port)
     try:
         await server.serve(sockets=[listener])
