@@ -17,8 +17,7 @@ from common.arguments import FrontendArgs, parse_frontend_args
 from common.dynamo.directories import ProcessorClient
 from common.dynamo.failover import CallLimits, RequestContext
 from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.http.answer import Answer, AnswerStream
-from common.http.exchange import EventStream, context_of, read_chat_request
+from common.http.chat import Answer, AnswerStream, EventStream, context_of, read_chat_request
 from common.http.server import Pipeline, serve_http
 from common.openai.request import ChatCompletionRequest
 

@@ -26,10 +26,10 @@ from bench.peers import Ours, Setting
 _WATCHED = {
     "frontend": (
         ("frontend has the headers", "common.http.middleware", "RequestId.__call__", True),
-        ("frontend has checked the request", "common.http.exchange", "parse_chat_request", False),
+        ("frontend has checked the request", "common.http.chat", "parse_chat_request", False),
         ("frontend calls a processor", "common.dynamo.runtime", "Client.direct", True),
-        ("frontend has text", "common.http.answer", "AnswerStream.check", True),
-        ("frontend has an event", "common.http.answer", "AnswerStream.events", False),
+        ("frontend has text", "common.http.chat", "AnswerStream.check", True),
+        ("frontend has an event", "common.http.chat", "AnswerStream.events", False),
     ),
     "processor": (
         ("processor has the request", "common.observability.request_records", "RequestRecord.asks", True),

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import BadUpstream
-from common.http.answer import Answer, AnswerStream
+from common.http.chat import Answer, AnswerStream
 from common.openai.request import ChatCompletionRequest, parse_chat_request
 from common.wire import ProcessorChunk
 from tests.contexts import request_context

@@ -7,7 +7,7 @@ import pytest
 from fastapi.sse import KEEPALIVE_COMMENT
 from starlette.types import Message
 
-from common.http.exchange import EventStream
+from common.http.chat import EventStream
 from tests.contexts import request_context
 
 
@@ -15,7 +15,7 @@ from tests.contexts import request_context
 def test_a_silent_stream_is_kept_alive_and_a_busy_one_left_alone(
     monkeypatch: pytest.MonkeyPatch, pause_s: float, num_pings: int
 ) -> None:
-    monkeypatch.setattr("common.http.exchange.PING_INTERVAL_S", 0.1)
+    monkeypatch.setattr("common.http.chat.PING_INTERVAL_S", 0.1)
     bodies: list[bytes] = []
 
     async def rest() -> AsyncGenerator[bytes, None]:

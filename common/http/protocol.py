@@ -29,8 +29,8 @@ class GuardedProtocol(HttpToolsProtocol):
     framing is a 400, both in OpenAI's envelope. An answer given before the end of its request is not lost in a reset.
     A client that closes its own direction after its request gets its answer.
 
-    deadlines: how long a client may take from the connection, or a request's first byte, to its last header; from there to
-    its last byte; and, when it lets answers pile up, until it has read some of them.
+    deadlines: how long a client may take from the connection, or a request's first byte, to its last header; from
+    there to its last byte; and, when it lets answers pile up, until it has read some of them.
     """
 
     deadlines = FrontendArgs()

@@ -173,10 +173,7 @@ async def serve_http(
         server.should_exit = True
 
     runtime.run_in_background(stop_with_worker())
-    listener = _listen(args)
-    logger.info("serving http://%s:%d", args.host, args.port)
-    try:
+    with _listen(args) as listener:
+        logger.info("serving http://%s:%d", args.host, args.port)
         await server.serve(sockets=[listener])
-    finally:
-        listener.close()
-        await asyncio.sleep(0)
+    await asyncio.sleep(0)
