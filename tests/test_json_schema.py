@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest, from_wire
-from common.openai.json_schema import check_ends, schema_text
+from common.openai.json_schema import check_ends, schema_text, why_no_grammar
 from common.openai.request import parse_chat_request
-from common.text.grammar_check import why_no_grammar
 from common.wire import SCHEMA_PARAM
 
 MAX_S = 0.5

@@ -14,9 +14,9 @@ from fastapi import HTTPException
 from bench.fake_sglang.engine import Engine
 from common.dynamo.context import RequestContext
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
+from common.openai.json_schema import GRAMMAR_FAILED
 from common.sglang.engine import SGLangEngine
 from common.sglang.stream_pace import Output, StreamPace
-from common.text.grammar_check import GRAMMAR_FAILED
 from common.wire import SCHEMA_PARAM, EngineDescription, EngineRequest, OutputOptions, SamplingOptions, StopConditions
 from tests.contexts import request_context
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from common.text.grammar_check import GRAMMAR_FAILED
+from common.openai.json_schema import GRAMMAR_FAILED
 from tests.processes import ROOT
 from tests.sglang_probe import probe
 

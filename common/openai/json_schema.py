@@ -1,17 +1,29 @@
-"""JSON schemas that clients send, before a grammar is made of them: are they small enough, and can an answer end?
+"""JSON schemas that clients send: are they small enough, can an answer end, and is there a grammar for them?
 
 What is compiled here runs in the engine beside everybody else's tokens, so the limits are far below what it could take;
-OpenAI's strict mode takes as many values of enums, and more properties.
+OpenAI's strict mode takes as many values of enums, and more properties. llguidance makes the grammars, here as in an
+engine on a CPU, within the same limits. It needs no model for that.
 """
 
+import asyncio
+import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import unquote
 
 import msgspec
 from pydantic import AfterValidator, Field
+
+from common.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits, LLTokenizer
+
+# How an engine's scheduler tells its engine.
+GRAMMAR_FAILED = "the one that it made has failed, since it is too complex"
 
 MAX_CHARACTERS = 65_536
 MAX_DEPTH = 48  # of the JSON: what a property holds is two levels below its object
@@ -31,13 +43,13 @@ NO_SCHEMAS = ("const", "enum", "default", "examples")
 _GRAMMAR_VALUES = ("const", "enum")  # each string in them is a part of the grammar, whatever its key
 _TEXTS = ("description", "title", "$comment", "$id", "$schema")
 _DRAFT_3 = ("disallow", "divisibleBy", "extends")  # later drafts do not have them, so llguidance takes no notice
-_ANY_OBJECT = {"type": "object"}
+_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
 
 
 def schema_text(schema: dict[str, Any] | None) -> str:
     """What an engine is sent; None: any JSON object. Without llguidance's own key: white space is not the client's."""
-    asked = _ANY_OBJECT if schema is None else {name: value for name, value in schema.items() if name != "x-guidance"}
-    return msgspec.json.encode(asked).decode()
+    asked = {"type": "object"} if schema is None else schema
+    return msgspec.json.encode({name: value for name, value in asked.items() if name != "x-guidance"}).decode()
 
 
 def check_size(schema: dict[str, Any]) -> dict[str, Any]:
@@ -88,21 +100,71 @@ def values_of(json: Any) -> Iterator[tuple[str, str, Any, int]]:
 def _values_in(keyword: str, value: dict[str, Any] | list[Any]) -> Iterator[tuple[str, str, Any]]:
     if isinstance(value, list):
         return ((keyword, "", inner) for inner in value)
-    return ((_keyword(keyword, name), name, inner) for name, inner in value.items())
+    if keyword in _GRAMMAR_VALUES:
+        return ((keyword, name, inner) for name, inner in value.items())
+    if keyword in SCHEMAS_BY_NAME:  # the client chose these names
+        return (("", name, inner) for name, inner in value.items())
+    return ((name, name, inner) for name, inner in value.items())
 
 
-def _keyword(outer: str, name: str) -> str:
-    """What a name within a keyword's value is: a keyword, unless the client chose it."""
-    if outer in _GRAMMAR_VALUES:
-        return outer
-    return "" if outer in SCHEMAS_BY_NAME else name
-
-
-def check_keywords(root: dict[str, Any]) -> None:
-    """What only draft 3 had, and llguidance would ignore.
+async def check_grammar(schema: str, param: str) -> None:
+    """schema: its text. param: what asks for the grammar.
 
     Raises:
-        ValueError: there is such a keyword.
+        InvalidRequest: llguidance has none for this schema.
+    """
+    if (reason := await asyncio.get_running_loop().run_in_executor(_thread, why_no_grammar, schema)) is not None:
+        raise InvalidRequest(f"Invalid value for {param}: {reason}.", param=param)
+
+
+@functools.lru_cache(maxsize=256)
+def why_no_grammar(schema: str) -> str | None:
+    """None where there is one."""
+    from llguidance import LLMatcher
+
+    try:
+        decoded = msgspec.json.decode(schema)
+        _check_keywords(decoded)
+        check_ends(decoded)
+        grammar = LLMatcher.grammar_from_json_schema(schema)
+        matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=grammar_limits())
+    except ValueError as error:
+        return one_line(str(error))
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # what may come first
+    return one_line(matcher.get_error()) if matcher.is_error() else None
+
+
+def grammar_limits() -> "LLParserLimits":
+    """llguidance's own allow a pattern to take 40 ms of every token of the whole batch, and 500 MB.
+
+    A token takes 2 ms at most (14,000 units of fuel a ms), a grammar 100 MB of states. Dates, addresses, lists of a
+    thousand values need a tenth of that.
+    """
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=200_000, step_lexer_fuel=30_000, max_lexer_states=50_000, max_grammar_size=50_000,
+        verbose_errors=False,
+    )  # fmt: skip
+
+
+@functools.cache
+def _bytes() -> "LLTokenizer":
+    """A tokenizer of single bytes."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
+
+
+def one_line(message: str) -> str:
+    """Of an error of llguidance: the reason, in one line."""
+    return " ".join(message.partition("<non-verbose/>")[0].split()).rstrip(".")
+
+
+def _check_keywords(root: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: there is a keyword that only draft 3 had, and llguidance would ignore.
     """
     for part in _parts(root).values():
         if name := next((name for name in _DRAFT_3 if name in part), None):

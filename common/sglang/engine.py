@@ -14,10 +14,10 @@ from starlette.exceptions import HTTPException
 
 from common.dynamo.context import RequestContext, when_stopped
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
+from common.openai.json_schema import GRAMMAR_FAILED
 from common.sampling import sglang_sampling_params
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
 from common.sglang.stream_pace import Output, StreamPace
-from common.text.grammar_check import GRAMMAR_FAILED
 from common.text.tokenizer_identity import tokenizer_sha256
 from common.wire import SCHEMA_PARAM, EngineChunk, EngineDescription, EngineRequest
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from common.text.grammar_check import GRAMMAR_FAILED, limits, one_line
+from common.openai.json_schema import GRAMMAR_FAILED, grammar_limits, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def compile_within_limits(grammar: Any, llguidance_tokenizer: Any, serialized_gr
     BaseGrammarObject.__init__(grammar)
     grammar.llguidance_tokenizer, grammar.serialized_grammar = llguidance_tokenizer, serialized_grammar
     grammar.eos_tokens = set(llguidance_tokenizer.eos_tokens)
-    grammar.ll_matcher = LLMatcher(llguidance_tokenizer, serialized_grammar, log_level=0, limits=limits())
+    grammar.ll_matcher = LLMatcher(llguidance_tokenizer, serialized_grammar, log_level=0, limits=grammar_limits())
     check_error(grammar)
 
 

@@ -15,13 +15,13 @@ import tokenizers
 
 from common.arguments import Parsing
 from common.errors import InvalidRequest
+from common.openai.json_schema import check_grammar
 from common.openai.messages import Message
 from common.openai.request import ChatCompletionRequest
 from common.openai.tools import Tool
 from common.sampling import ContextLimits
 from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes
-from common.text.grammar_check import check_grammar
 from common.text.reasoning import ReasoningForm
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tokenizer_identity import tokenizer_sha256
