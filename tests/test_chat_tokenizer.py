@@ -15,9 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from common.arguments import Parsing, parse_processor_args
 from common.errors import ContextLengthExceeded, InvalidRequest
-from common.openai.messages import Message
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.openai.tools import Tool
+from common.openai.request_parts import Message, Tool
 from common.sampling import ContextLimits
 from common.text.chat_tokenizer import SHORT_CHARACTERS, SHORT_MESSAGES, ChatTokenizer
 from common.wire import EngineDescription
@@ -172,7 +171,7 @@ import asyncio, json, sys
 from pathlib import Path
 from typing import Any
 import processor
-from common.openai.tools import Tool
+from common.openai.request_parts import Tool
 from common.sampling import ContextLimits
 from common.openai.request import parse_chat_request
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 from common.errors import InvalidRequest
 from common.openai.request import parse_chat_request
-from common.openai.tools import Tool, forced_calls_schema
+from common.openai.request_parts import Tool, forced_calls_schema
 from tests.processes import MODEL, Pipeline
 from tests.streams import ask_stream
 

@@ -21,7 +21,7 @@ from common.http.server import Pipeline as HttpPipeline
 from common.http.server import create_app
 from common.observability.metrics import Metrics
 from common.openai.request import NO_OPS, ChatCompletionRequest
-from common.openai.strict_model import IGNORED
+from common.openai.request_parts import IGNORED
 from tests.frontends import frontend_beside
 from tests.processes import ROOT, Pipeline
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from common.arguments import Parsing, parse_processor_args
 from common.openai.request import parse_chat_request
-from common.openai.tools import Tool
+from common.openai.request_parts import Tool
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.choice import Choice
 from common.text.tool_call_parsers import SGLangToolCallReader, check_parser

@@ -21,20 +21,25 @@ from pydantic import (
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import JsonSchema, check_size, schema_text
-from common.openai.messages import Message
-from common.openai.strict_model import (
+from common.openai.request_parts import (
     IGNORED,
     IS_LIST,
     IS_OBJECT,
     IS_STRING,
+    MAX_FORCED_CALLS,
     STRING_OR_LIST,
+    Message,
+    NamedTool,
     StrictModel,
+    Tool,
+    ToolChoice,
+    Tools,
     absent,
     any_of,
+    forced_calls_schema,
     present,
     whole_number,
 )
-from common.openai.tools import MAX_FORCED_CALLS, NamedTool, Tool, ToolChoice, Tools, forced_calls_schema
 from common.wire import SCHEMA_PARAM
 
 MAX_CHOICES = 16
@@ -60,7 +65,7 @@ NO_OPS: dict[str, Any] = {
 # Each belongs to another field: where both are refused, it is not the cause.
 _DEPENDENT = ("tool_choice", "parallel_tool_calls", "function_call")
 _TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
-
+_TAGS = (IS_STRING.tag, IS_LIST.tag, IS_OBJECT.tag)
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(whole_number)]
 LogitBias = Annotated[
@@ -117,7 +122,6 @@ class JsonSchemaFormat(StrictModel):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-_JSON_FORMATS = (JsonSchemaFormat, JsonObjectFormat)
 _FREE_TOOL_CHOICE: dict[str, Any] = {"properties": {"tool_choice": {"enum": ["none", "auto", None]}}}
 _CLEAR_CHOICE: dict[str, Any] = {"anyOf": [{"enum": ["none", "required"]}, {"type": "object"}]}
 _FREE_FORMAT = any_of(absent("response_format"), present("response_format", properties={"type": {"const": "text"}}))
@@ -193,7 +197,7 @@ class ChatCompletionRequest(StrictModel):
             raise ValueError("stream_options: only allowed when stream is true")
         if self.num_tokens_asked is not None and self.min_tokens > self.num_tokens_asked:
             raise ValueError(f"min_tokens: more than the {self.num_tokens_asked} tokens that the answer may have")
-        if self.min_tokens and (self.max_forced_calls or isinstance(self.response_format, _JSON_FORMATS)):
+        if self.min_tokens and self.answer_schema is not None:
             raise ValueError(
                 "min_tokens: JSON ends where it is complete, as response_format or tool_choice asks for it"
             )
@@ -202,16 +206,12 @@ class ChatCompletionRequest(StrictModel):
         return self
 
     @model_validator(mode="after")
-    def _tool_choice_is_a_tool(self) -> "ChatCompletionRequest":
+    def _tools_fit_together(self) -> "ChatCompletionRequest":
         names = {tool.name for tool in self.tools or []}
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
             raise ValueError(f"tool_choice: none of the tools is called {self.tool_choice.function.name[:64]}")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice: needs tools")
-        return self
-
-    @model_validator(mode="after")
-    def _tools_fit_together(self) -> "ChatCompletionRequest":
         if self.max_forced_calls:
             try:
                 check_size(forced_calls_schema(self.usable_tools, self.max_forced_calls))
@@ -316,19 +316,15 @@ class ChatCompletionRequest(StrictModel):
         return self.stream_options is not None and self.is_usage_wanted and self.stream_options.continuous_usage_stats
 
 
-def _is_member(position: int, location: tuple[int | str, ...]) -> bool:
-    return (position, location[0]) in ((2, "messages"), (1, "response_format"))
-
-
 def _path(location: tuple[int | str, ...]) -> str:
     """`("messages", 0, "user", "content", "<string>")` as OpenAI writes it: `messages[0].content`."""
     path = ""
     for position, step in enumerate(location):
+        # Which member of a union it is: pydantic's, not the client's.
+        is_member = step in _TAGS or (position, location[0]) in ((2, "messages"), (1, "response_format"))
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step in (IS_STRING.tag, IS_LIST.tag, IS_OBJECT.tag) or _is_member(position, location):
-            continue  # which member of a union it is: pydantic's, not the client's
-        else:
+        elif not is_member:
             path += f".{step}" if path else step
     return path
 

@@ -15,8 +15,7 @@ import jinja2
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import values_of
-from common.openai.messages import Message
-from common.openai.tools import Tool
+from common.openai.request_parts import Message, Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

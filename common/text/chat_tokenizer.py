@@ -16,9 +16,8 @@ import tokenizers
 from common.arguments import Parsing
 from common.errors import InvalidRequest
 from common.openai.json_schema import check_grammar
-from common.openai.messages import Message
 from common.openai.request import ChatCompletionRequest
-from common.openai.tools import Tool
+from common.openai.request_parts import Message, Tool
 from common.sampling import ContextLimits
 from common.text.chat_template import ChatTemplate, template_tools
 from common.text.detokenizer import special_token_ids, token_bytes

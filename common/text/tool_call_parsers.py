@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.openai.tools import Tool
+from common.openai.request_parts import Tool
 from common.wire import ProcessorChunk, ToolCallDelta
 
 _MAX_PIECES = 32
