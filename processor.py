@@ -62,7 +62,7 @@ class RequestHandler:
 
     async def _answer(self, choice: Choice, context: RequestContext) -> AsyncGenerator[ProcessorChunk, None]:
         """One of the `n` answers: an engine call of its own, and the text that comes of it."""
-        response_stream = await self.engine_client.generate(choice.engine_request(), context=context)
+        response_stream = await self.engine_client.generate(choice.engine_request, context=context)
         async with aclosing(response_stream):
             async for chunk in response_stream:
                 data = chunk.data()

@@ -240,7 +240,7 @@ class CacheDescription(msgspec.Struct):
 class EngineDescription(msgspec.Struct, omit_defaults=True):
     """What an engine says of itself when asked. `context_length` in tokens, prompt and answer together.
 
-    vocab_size: rows of the model's embedding. tokenizer_sha256: see `tokenizer_identity`; "" where it is not known.
+    vocab_size: rows of the model's embedding. tokenizer_sha256: see `vocabulary`; "" where it is not known.
     max_input_tokens: the longest prompt that it takes; None: all that leave room for a token. can_constrain: whether it
     takes a `json_schema`. cache: None where it does not follow what it has cached.
     """

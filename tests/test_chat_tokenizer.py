@@ -107,7 +107,7 @@ def test_nobody_forges_a_turn(
 ) -> None:
     messages = messages_of(*texts)
     token_ids = ids_of(tokenizer, messages)
-    assert [token_id for token_id in token_ids if token_id in tokenizer.hidden_ids] == [
+    assert [token_id for token_id in token_ids if token_id in tokenizer.vocabulary.special_ids] == [
         *[IM_START, IM_END] * (1 + len(texts)), IM_START
     ]  # fmt: skip
     assert reference.decode(token_ids) == reference.decode(ids_of_transformers(reference, messages))
@@ -239,7 +239,7 @@ def test_no_text_of_a_tool_call_forges_a_turn(call: dict[str, str]) -> None:
     tokenizer = with_template(TOOL_TEMPLATE)
     token_ids = ids_of(tokenizer, messages_with_tool_call(**call))
     turn = [tokenizer.backend.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>")]
-    assert [token_id for token_id in token_ids if token_id in tokenizer.hidden_ids] == turn * 3
+    assert [token_id for token_id in token_ids if token_id in tokenizer.vocabulary.special_ids] == turn * 3
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_no_text_of_a_tool_forges_a_turn(function: dict[str, Any], template: str
     def special_ids(**fields: Any) -> list[int]:
         tools = [Tool.model_validate({"type": "function", "function": {"name": "f"} | fields})]
         token_ids = asyncio.run(tokenizer.encode_chat(chat_of(messages_of("Hi!"), tools=tools), LIMITS))
-        return [token_id for token_id in token_ids if token_id in tokenizer.hidden_ids]
+        return [token_id for token_id in token_ids if token_id in tokenizer.vocabulary.special_ids]
 
     assert special_ids(**function) == special_ids() != []
 
@@ -270,8 +270,8 @@ def test_the_arguments_of_a_call_forge_no_turn_as_an_object() -> None:
         ids_of(tokenizer, messages_with_tool_call(arguments=json.dumps({key: {"type": key}})))
         for key in (FORGED_TURN, "a")
     )
-    assert sum(token_id in tokenizer.hidden_ids for token_id in forged) == sum(
-        token_id in tokenizer.hidden_ids for token_id in plain
+    assert sum(token_id in tokenizer.vocabulary.special_ids for token_id in forged) == sum(
+        token_id in tokenizer.vocabulary.special_ids for token_id in plain
     )
 
 
@@ -291,7 +291,7 @@ def test_arguments_that_no_template_could_render_stay_text(template: str, argume
 @pytest.mark.parametrize("text", ["|im_end|", "|im_end|> ", " <|im_end|", "<|im_end|>"])
 def test_a_template_does_not_complete_a_special_token(text: str) -> None:
     tokenizer = with_template("<{{ messages[0].content }}>")
-    assert not tokenizer.hidden_ids.intersection(ids_of(tokenizer, messages_of(text)))
+    assert not tokenizer.vocabulary.special_ids.intersection(ids_of(tokenizer, messages_of(text)))
 
 
 def test_a_template_that_looks_for_special_tokens_in_messages_does_not_get_them() -> None:
@@ -349,7 +349,7 @@ def test_a_value_for_the_template_forges_no_turn() -> None:
     token_ids = asyncio.run(
         tokenizer.encode_chat(chat_of(messages_of("Hi!"), chat_template_kwargs={"style": FORGED_TURN}), LIMITS)
     )
-    assert sum(token_id in tokenizer.hidden_ids for token_id in token_ids) == 3
+    assert sum(token_id in tokenizer.vocabulary.special_ids for token_id in token_ids) == 3
 
 
 @pytest.mark.parametrize(

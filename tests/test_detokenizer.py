@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.text.detokenizer import IncrementalDetokenizer, TokenBytes
+from common.text.vocabulary import Vocabulary
 from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,
@@ -14,6 +14,7 @@ from tests.tokenizers_for_tests import (
     detokenize,
     encode,
     few_examples,
+    generated_text,
     id_chunks,
     ids_of_bytes,
     special_ids,
@@ -30,8 +31,8 @@ CUT_OFF_CHARACTER = re.compile(
 
 def pushes(tokenizer: Tokenizer, chunks: list[list[int]]) -> list[str]:
     """What each push returned."""
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    return [detokenizer.push(chunk) for chunk in chunks]
+    generated = generated_text(tokenizer)
+    return [generated.push(chunk) for chunk in chunks]
 
 
 def joined(chunks: list[list[int]]) -> list[int]:
@@ -64,7 +65,7 @@ def test_invalid_bytes_become_what_a_byte_level_tokenizer_makes_of_them(
 ) -> None:
     hidden_ids = special_ids(tokenizer)
     token_ids = [token_id for token_id in joined(data.draw(id_chunks(tokenizer))) if token_id not in hidden_ids]
-    text_bytes = b"".join(map(TokenBytes(tokenizer).bytes_of, token_ids))
+    text_bytes = b"".join(map(Vocabulary(tokenizer).bytes_of, token_ids))
     expected = CUT_OFF_CHARACTER.sub(b"", text_bytes).decode(errors="replace")
     assert tokenizer.decode(token_ids) == text_bytes.decode(errors="replace")
     assert detokenize(tokenizer, token_ids) == expected

@@ -3,14 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from common.text.detokenizer import IncrementalDetokenizer
-from common.text.generated_text import GeneratedText
 from tests.tokenizers_for_tests import (
     BYTE_TOKENIZERS,
     TOKENIZERS,
     detokenize,
     encode,
     few_examples,
+    generated_text,
     id_chunks,
     ids_of_bytes,
     special_ids,
@@ -22,7 +21,7 @@ from tests.tokenizers_for_tests import (
 
 def run(tokenizer: Tokenizer, chunks: list[list[int]], *stop: str) -> tuple[str, int, str | None]:
     """The whole text, the number of tokens counted and the stop string that matched."""
-    generated = GeneratedText(tokenizer, stop=stop)
+    generated = generated_text(tokenizer, *stop)
     text = "".join([*(generated.push(chunk) for chunk in chunks), generated.finish()])
     return text, generated.num_tokens, generated.stopped
 
@@ -30,7 +29,7 @@ def run(tokenizer: Tokenizer, chunks: list[list[int]], *stop: str) -> tuple[str,
 def reference(tokenizer: Tokenizer, token_ids: list[int], *stop: str) -> tuple[str, int, str | None]:
     """The fewest tokens whose text has a stop string, cut before the one that completes first."""
     for num_tokens in range(len(token_ids) + 1):
-        text = IncrementalDetokenizer(tokenizer).push(token_ids[:num_tokens])
+        text = detokenize(tokenizer, token_ids[:num_tokens])
         found = [(text.index(string) + len(string), text.index(string)) for string in stop if string in text]
         if found:
             end, start = min(found)
@@ -92,7 +91,7 @@ def test_a_stop_string_may_span_any_number_of_pushes(tokenizer: Tokenizer, data:
 
 @with_each(BYTE_TOKENIZERS)
 def test_the_beginning_of_a_stop_string_is_sent_when_the_generation_ends(tokenizer: Tokenizer) -> None:
-    generated = GeneratedText(tokenizer, stop=["world"])
+    generated = generated_text(tokenizer, "world")
     assert generated.push(encode(tokenizer, "hello wor")) == "hello "
     assert generated.finish() == "wor"
     assert generated.stopped is None
@@ -106,7 +105,7 @@ def test_a_character_cut_off_by_the_end_is_dropped_after_a_held_beginning(tokeni
 
 @with_each(BYTE_TOKENIZERS)
 def test_nothing_is_sent_or_counted_after_a_stop_string(tokenizer: Tokenizer) -> None:
-    generated = GeneratedText(tokenizer, stop=["."])
+    generated = generated_text(tokenizer, ".")
     assert generated.push(encode(tokenizer, "one.")) == "one"
     num_tokens = generated.num_tokens
     assert generated.push(encode(tokenizer, "two.")) == ""

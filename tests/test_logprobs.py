@@ -1,17 +1,16 @@
 import math
 
 from common.text.choice import logprob_entries
-from common.text.detokenizer import TokenBytes, special_token_ids
+from common.text.vocabulary import Vocabulary
 from common.wire import EngineChunk
 from tests.tokenizers_for_tests import byte_level, detokenize, encode, special_ids
 
 TOKENIZER = byte_level()
-TOKEN_BYTES = TokenBytes(TOKENIZER)
-HIDDEN_IDS = special_token_ids(TOKENIZER)
+VOCABULARY = Vocabulary(TOKENIZER)
 
 
 def entries_for(chunk: EngineChunk, num_tokens: int, num_top_logprobs: int = 0) -> list[dict]:
-    entries = logprob_entries(chunk, num_tokens, num_top_logprobs, TOKEN_BYTES, HIDDEN_IDS)
+    entries = logprob_entries(chunk, num_tokens, num_top_logprobs, VOCABULARY, VOCABULARY.special_ids)
     assert entries is not None
     return entries
 
@@ -47,4 +46,4 @@ def test_an_impossible_token_has_a_number_that_json_can_carry() -> None:
 
 
 def test_an_engine_that_sends_no_logprobs_gives_no_entries() -> None:
-    assert logprob_entries(EngineChunk(token_ids=[1]), 1, 0, TOKEN_BYTES, HIDDEN_IDS) is None
+    assert logprob_entries(EngineChunk(token_ids=[1]), 1, 0, VOCABULARY, VOCABULARY.special_ids) is None

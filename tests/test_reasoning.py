@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sglang.srt.parser.reasoning_parser import ReasoningParser
 
-from common.text.reasoning import ReasoningReader
-from common.text.tool_calls import PlainTextReader, hermes_reader
+from common.text.readers import PlainTextReader, ReasoningReader, hermes_reader
 from common.wire import ProcessorChunk
 from tests.processes import MODEL, Pipeline
 from tests.streams import ask_stream

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from common.text.detokenizer import TokenBytes
+from common.text.vocabulary import Vocabulary
 from tests.processes import MODEL, Pipeline, new_pipeline, wait_until
 from tests.streams import Stream, ask_stream, events_of, read_stream
 from tests.tokenizers_for_tests import MULTIBYTE_TEXTS, encode, with_each_text
@@ -144,8 +144,7 @@ def test_the_deltas_joined_are_the_whole_answer(client: httpx.Client, text: str)
 
 def test_a_character_cut_off_by_max_tokens_is_dropped_both_ways(client: httpx.Client, tokenizer: Tokenizer) -> None:
     text = f"ok 👍🎉{FAMILY}"
-    token_bytes = TokenBytes(tokenizer)
-    so_far = accumulate(token_bytes.bytes_of(token_id) for token_id in encode(tokenizer, text))
+    so_far = accumulate(map(Vocabulary(tokenizer).bytes_of, encode(tokenizer, text)))
     for num_tokens, cut_off in enumerate(so_far, start=1):
         body = said(text, max_tokens=num_tokens)
         stream, answer = ask_stream(client, body | {"stream_options": {"include_usage": True}}), ask(client, body)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from common.text.detokenizer import TokenBytes, decoder_types
+from common.text.vocabulary import Vocabulary, decoder_types
 from tests.tokenizers_for_tests import (
     BYTE_FALLBACK,
     BYTE_LEVEL,
@@ -19,7 +19,7 @@ from tests.tokenizers_for_tests import (
 
 
 def joined_bytes(tokenizer: Tokenizer, token_ids: list[int]) -> bytes:
-    return b"".join(map(TokenBytes(tokenizer).bytes_of, token_ids))
+    return b"".join(map(Vocabulary(tokenizer).bytes_of, token_ids))
 
 
 def leading_space(tokenizer: Tokenizer) -> str:
@@ -49,46 +49,46 @@ def test_the_bytes_of_any_valid_generation_are_the_utf8_of_its_decoded_text(
 
 @with_each(BYTE_TOKENIZERS)
 def test_the_token_of_a_byte_is_that_byte(tokenizer: Tokenizer) -> None:
-    token_bytes = TokenBytes(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
     for byte in range(256):
         token_id = id_of_byte(tokenizer, byte)
-        assert token_id is None or token_bytes.bytes_of(token_id) == bytes([byte])
+        assert token_id is None or vocabulary.bytes_of(token_id) == bytes([byte])
 
 
 @with_each(BYTE_LEVEL)
 def test_every_token_of_a_byte_level_vocabulary_is_what_the_decoder_makes_of_it(tokenizer: Tokenizer) -> None:
-    token_bytes = TokenBytes(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
     for token_id in range(min(tokenizer.get_vocab_size(), 5000)):
-        text = token_bytes.bytes_of(token_id).decode(errors="replace")
+        text = vocabulary.bytes_of(token_id).decode(errors="replace")
         assert text == tokenizer.decode([token_id], skip_special_tokens=False)
 
 
 @with_each(BYTE_FALLBACK)
 def test_a_metaspace_is_a_space_wherever_the_token_stands(tokenizer: Tokenizer) -> None:
-    token_bytes = TokenBytes(tokenizer)
-    assert token_bytes.bytes_of(tokenizer.token_to_id("▁the")) == b" the"
-    assert token_bytes.bytes_of(tokenizer.token_to_id("▁▁")) == b"  "
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.bytes_of(tokenizer.token_to_id("▁the")) == b" the"
+    assert vocabulary.bytes_of(tokenizer.token_to_id("▁▁")) == b"  "
 
 
 @pytest.mark.parametrize(("name", "expected"), [("llama", b"the"), ("gemma", b" the")])
 def test_the_first_token_loses_the_space_that_the_decoder_strips(name: str, expected: bytes) -> None:
     tokenizer = BYTE_FALLBACK[name]
-    assert TokenBytes(tokenizer).leading_bytes_of(tokenizer.token_to_id("▁the")) == expected
+    assert Vocabulary(tokenizer).leading_bytes_of(tokenizer.token_to_id("▁the")) == expected
 
 
 @with_each(BYTE_TOKENIZERS)
 def test_added_and_special_tokens_are_their_literal_content(tokenizer: Tokenizer) -> None:
-    token_bytes = TokenBytes(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
     for token_id, token in tokenizer.get_added_tokens_decoder().items():
-        assert token_bytes.bytes_of(token_id) == token.content.encode()
+        assert vocabulary.bytes_of(token_id) == token.content.encode()
 
 
 @with_each(TOKENIZERS)
 @pytest.mark.parametrize("beyond", [0, 1, 2**32, 2**64, -(2**63)])
 def test_an_id_outside_the_vocabulary_has_no_bytes(tokenizer: Tokenizer, beyond: int) -> None:
     token_id = beyond + tokenizer.get_vocab_size()
-    token_bytes = TokenBytes(tokenizer)
-    assert token_bytes.bytes_of(token_id) == token_bytes.leading_bytes_of(token_id) == b""
+    vocabulary = Vocabulary(tokenizer)
+    assert vocabulary.bytes_of(token_id) == vocabulary.leading_bytes_of(token_id) == b""
 
 
 def test_a_tokenizer_without_a_decoder_has_no_decoder_types() -> None:
@@ -97,6 +97,6 @@ def test_a_tokenizer_without_a_decoder_has_no_decoder_types() -> None:
 
 def test_a_token_of_any_other_decoder_is_what_it_adds_inside_a_text() -> None:
     tokenizer = TOKENIZERS["word-piece"]
-    token_bytes = TokenBytes(tokenizer)
+    vocabulary = Vocabulary(tokenizer)
     token_ids = encode(tokenizer, "hello tokenizers.")
-    assert list(map(token_bytes.bytes_of, token_ids)) == [b" hello", b" token", b"ize", b"r", b"s", b"."]
+    assert list(map(vocabulary.bytes_of, token_ids)) == [b" hello", b" token", b"ize", b"r", b"s", b"."]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from common.dynamo.directories import has_same_tokenizer
-from common.text.tokenizer_identity import tokenizer_sha256
+from common.text.vocabulary import tokenizer_sha256
 from common.wire import EngineDescription
 from tests.processes import ROOT
 
@@ -63,7 +63,7 @@ def test_a_hub_name_is_looked_up_in_the_cache(tmp_path: Path, embedded_model: st
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123")
     shutil.copy(ROOT / embedded_model / "tokenizer.json", snapshot)
-    ask = "from common.text.tokenizer_identity import tokenizer_sha256; print(tokenizer_sha256('some/model'))"
+    ask = "from common.text.vocabulary import tokenizer_sha256; print(tokenizer_sha256('some/model'))"
     done = subprocess.run(
         [sys.executable, "-c", ask], cwd=ROOT, env={**os.environ, "HF_HUB_CACHE": str(tmp_path)},
         capture_output=True, text=True, timeout=60, check=True,

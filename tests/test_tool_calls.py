@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang.srt.entrypoints.openai.protocol import Function, Tool
 from sglang.srt.function_call.hermes_detector import HermesDetector
 
-from common.text.tool_calls import TextReader, ToolCallReader, forced_calls_reader, hermes_reader
+from common.text.readers import TextReader, ToolCallReader, forced_calls_reader, hermes_reader
 from common.wire import ProcessorChunk
 from tests.tokenizers_for_tests import few_examples
 

@@ -3,6 +3,7 @@
 SmolLM2's own tokenizer joins them where `make model` has put it into models/.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from common.text.detokenizer import IncrementalDetokenizer, token_bytes
+from common.text.generated_text import GeneratedText
+from common.text.vocabulary import Vocabulary
 
 SMOLLM2 = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct" / "tokenizer.json"
 
@@ -140,8 +142,7 @@ def ids_of_bytes(tokenizer: Tokenizer, text_bytes: bytes) -> list[int]:
 
 def ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     """All of a byte-level tokenizer's ids: no two of them stand for the same bytes."""
-    known = token_bytes(tokenizer)
-    return {known.bytes_of(token_id): token_id for token_id in range(tokenizer.get_vocab_size())}
+    return {vocabulary_of(tokenizer).bytes_of(token_id): token_id for token_id in range(tokenizer.get_vocab_size())}
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
@@ -176,6 +177,15 @@ def splits(token_ids: list[int]) -> st.SearchStrategy[list[list[int]]]:
     return cuts.map(lambda cut: [token_ids[a:b] for a, b in pairwise([0, *cut, len(token_ids)])])
 
 
+vocabulary_of = functools.cache(Vocabulary)
+
+
+def generated_text(tokenizer: Tokenizer, *stop: str) -> GeneratedText:
+    """Of a generation that has just begun, without its special tokens."""
+    vocabulary = vocabulary_of(tokenizer)
+    return GeneratedText(vocabulary, vocabulary.special_ids, stop)
+
+
 def detokenize(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     """The text of a whole generation; a character cut off at its end is dropped."""
-    return IncrementalDetokenizer(tokenizer).push(token_ids)
+    return generated_text(tokenizer).push(token_ids)

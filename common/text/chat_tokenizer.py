@@ -20,11 +20,10 @@ from common.openai.request import ChatCompletionRequest
 from common.openai.request_parts import Message, Tool
 from common.sampling import ContextLimits
 from common.text.chat_template import ChatTemplate, template_tools
-from common.text.detokenizer import special_token_ids, token_bytes
-from common.text.reasoning import ReasoningForm
+from common.text.readers import ReasoningForm
 from common.text.special_tokens import MARK, LiteralSpecialTokens
-from common.text.tokenizer_identity import tokenizer_sha256
 from common.text.tool_call_parsers import check_parser
+from common.text.vocabulary import Vocabulary, tokenizer_sha256
 from common.wire import EngineDescription
 
 if TYPE_CHECKING:
@@ -47,8 +46,8 @@ class ChatTokenizer:
 
     sampling_defaults: what the model's generation_config.json recommends, under OpenAI's names. model: what an engine
     would say of the model.
-    reasoning: how the model marks what it thinks before it answers; None where it does not. shown_ids: of special
-    tokens that may be part of tool calls, for those that read them.
+    reasoning: how the model marks what it thinks before it answers; None where it does not. markup_ids: of special
+    tokens that may be part of tool calls.
     """
 
     def __init__(
@@ -64,9 +63,10 @@ class ChatTokenizer:
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.token_bytes = token_bytes(self.backend)
-        self.hidden_ids = special_token_ids(self.backend)
-        self.shown_ids = _markup_ids(tokenizer, end_ids) if parsing.has_foreign_calls else frozenset[int]()
+        self.vocabulary = Vocabulary(self.backend)
+        # The special tokens without those that begin, end or fill a sequence.
+        named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        self.markup_ids = self.vocabulary.special_ids - {*end_ids, *named}
         self.model = model
         self.sampling_defaults = sampling_defaults or {}
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
@@ -74,7 +74,7 @@ class ChatTokenizer:
         num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.template = ChatTemplate(tokenizer)
-        self.reasoning = ReasoningForm.of(parsing.reasoning, self.backend, str(tokenizer.chat_template))
+        self.reasoning = ReasoningForm.of(parsing.reasoning, self.vocabulary, str(tokenizer.chat_template))
         self.parsing = parsing
         self._literals = None if parsing.special_tokens else LiteralSpecialTokens(self.backend, self.template.example)
 
@@ -230,9 +230,3 @@ def _generation_config(transformers: Any, model: str) -> dict[str, Any]:
     except OSError:  # many models recommend nothing
         return {}
     return {name: value for name, value in config.items() if value is not None}
-
-
-def _markup_ids(tokenizer: "PreTrainedTokenizerBase", end_ids: Sequence[int]) -> frozenset[int]:
-    """The special tokens without those that begin, end or fill a sequence."""
-    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-    return special_token_ids(tokenizer.backend_tokenizer) - {*end_ids, *named}

@@ -1,7 +1,6 @@
 """The `n` choices of an answer: an engine's chunks in, the processor's chunks out."""
 
 import asyncio
-import functools
 import math
 from collections.abc import AsyncGenerator, Sequence, Set
 from contextlib import aclosing
@@ -11,16 +10,13 @@ from common.errors import BadUpstream
 from common.openai.request import ChatCompletionRequest
 from common.sampling import engine_request
 from common.text.chat_tokenizer import ChatTokenizer
-from common.text.detokenizer import TokenBytes
 from common.text.generated_text import GeneratedText
-from common.text.reasoning import ReasoningReader
+from common.text.readers import PlainTextReader, ReasoningReader, TextReader, forced_calls_reader, hermes_reader
 from common.text.tool_call_parsers import SGLangToolCallReader
-from common.text.tool_calls import PlainTextReader, TextReader, forced_calls_reader, hermes_reader
+from common.text.vocabulary import Vocabulary
 from common.wire import (
     CompletionTokensDetails,
     EngineChunk,
-    EngineRequest,
-    FinishReason,
     LogprobEntry,
     ProcessorChunk,
     PromptTokensDetails,
@@ -35,7 +31,7 @@ _LOWEST = -9999.0
 
 
 class Choice:
-    """Accumulates all tokens and detokenizes them once; for a stream, or to look for stop strings, piece by piece.
+    """One of the answers. A stream gets it piece by piece, any other caller as one chunk, when it is finished.
 
     max_tokens: what the engine was asked for, at most. num_tokens: generated so far; after a stop string, up to the
     token that completed it. num_cached_tokens: of the prompt's, if the engine told. is_finished: nothing more will come
@@ -45,67 +41,50 @@ class Choice:
     def __init__(
         self, tokenizer: ChatTokenizer, request: ChatCompletionRequest, prompt: list[int], index: int, max_tokens: int
     ) -> None:
-        self._tokenizer, self._request, self._prompt = tokenizer, request, prompt
-        self.index, self.max_tokens = index, max_tokens
+        self._vocabulary, self._request = tokenizer.vocabulary, request
+        self.engine_request = engine_request(request, prompt, index, max_tokens, tokenizer.sampling_defaults)
+        self.max_tokens = max_tokens
         self.num_tokens = 0
         self.num_cached_tokens: int | None = None
         self.is_finished = False
-        self._is_accumulated = not request.stream and not request.stop_strings
-        self._token_ids: list[int] = []
-        self._logprobs: list[LogprobEntry] | None = None
         self._hidden_ids = _hidden_ids(tokenizer, request)
-        self._text = GeneratedText(tokenizer.backend, stop=request.stop_strings, hidden_ids=self._hidden_ids)
+        self._text = GeneratedText(tokenizer.vocabulary, self._hidden_ids, request.stop_strings)
         self._reader = _reader_for(request, tokenizer)
         self._thoughts = _thoughts_before(self._reader, tokenizer, request, prompt)
-
-    def engine_request(self) -> EngineRequest:
-        """What an engine is asked for this choice."""
-        defaults = self._tokenizer.sampling_defaults
-        return engine_request(self._request, self._prompt, self.index, self.max_tokens, defaults)
+        self._collected = ProcessorChunk(index)
 
     def push(self, data: EngineChunk) -> ProcessorChunk | None:
-        """What the engine's chunk makes final, if that is anything; the last chunk has the finish_reason.
+        """What there is to send now, if that is anything; the last chunk has the finish_reason.
 
         Raises:
             BadUpstream: the engine sent more than `max_tokens`.
         """
         if self._thoughts is not None:
             self._thoughts.count(data.token_ids)
-        chunk = self._accumulated(data) if self._is_accumulated else self._piece(data)
+        chunk = self._read(data)
         if self.num_tokens > self.max_tokens:
             raise BadUpstream("The engine sent more tokens than it was asked for.")
         if data.cached_tokens is not None:
             self.num_cached_tokens = data.cached_tokens
         self.is_finished = chunk.finish_reason is not None
-        return chunk if chunk.has_content or self.is_finished else None
+        if self._request.stream:
+            return chunk if chunk.has_content or self.is_finished else None
+        self._collected.add(chunk)
+        return self._collected if self.is_finished else None
 
-    def _accumulated(self, data: EngineChunk) -> ProcessorChunk:
-        self._token_ids += data.token_ids
-        self.num_tokens = len(self._token_ids)
-        entries = self._logprob_entries(data, len(data.token_ids))
-        self._logprobs = self._logprobs if entries is None else (self._logprobs or []) + entries
-        if data.finish_reason is None:
-            return ProcessorChunk()
-        return self._read(self._text.push(self._token_ids), self._logprobs, data.finish_reason)
-
-    def _piece(self, data: EngineChunk) -> ProcessorChunk:
-        content = self._text.push(data.token_ids)
-        logprobs = self._logprob_entries(data, self._text.num_tokens - self.num_tokens)
-        self.num_tokens = self._text.num_tokens
-        if self._text.stopped is None and data.finish_reason is not None:
-            content += self._text.finish()
-        finish_reason = data.finish_reason if self._text.stopped is None else "stop"
-        return self._read(content, logprobs, finish_reason)
-
-    def _read(
-        self, text: str, logprobs: list[LogprobEntry] | None, finish_reason: FinishReason | None
-    ) -> ProcessorChunk:
+    def _read(self, data: EngineChunk) -> ProcessorChunk:
         """What comes next of the text: thoughts, content, calls of tools."""
+        text = self._text.push(data.token_ids)
+        num_new, self.num_tokens = self._text.num_tokens - self.num_tokens, self._text.num_tokens
+        finish_reason = data.finish_reason if self._text.stopped is None else "stop"
         reader = self._thoughts or self._reader
         chunk = reader.push(text)
         if finish_reason is not None:
+            chunk.add(reader.push(self._text.finish()))
             chunk.add(reader.flush())
-        chunk.index, chunk.logprobs = self.index, logprobs
+        chunk.index = self._collected.index
+        if (num_top := self._request.num_top_logprobs) is not None:
+            chunk.logprobs = logprob_entries(data, num_new, num_top, self._vocabulary, self._hidden_ids)
         has_called = finish_reason == "stop" and self._reader.has_called
         chunk.finish_reason = "tool_calls" if has_called else finish_reason
         return chunk
@@ -115,12 +94,6 @@ class Choice:
         """Of those generated; None where the model has no thoughts, or none to be counted."""
         num_tokens = None if self._thoughts is None else self._thoughts.num_tokens
         return None if num_tokens is None else min(num_tokens, self.num_tokens)
-
-    def _logprob_entries(self, data: EngineChunk, num_tokens: int) -> list[LogprobEntry] | None:
-        if self._request.num_top_logprobs is None:
-            return None
-        token_bytes = self._tokenizer.token_bytes
-        return logprob_entries(data, num_tokens, self._request.num_top_logprobs, token_bytes, self._hidden_ids)
 
 
 def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
@@ -138,9 +111,9 @@ def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
 
 def _hidden_ids(tokenizer: ChatTokenizer, request: ChatCompletionRequest) -> Set[int]:
     """The tokens that the text leaves out: special ones, but for the markup of calls, and those that end it."""
-    hidden_ids: Set[int] = tokenizer.hidden_ids
-    if request.usable_tools and tokenizer.shown_ids:
-        hidden_ids -= tokenizer.shown_ids
+    hidden_ids: Set[int] = tokenizer.vocabulary.special_ids
+    if request.usable_tools and tokenizer.parsing.has_foreign_calls:
+        hidden_ids -= tokenizer.markup_ids
     if request.stop_token_ids and not request.is_eos_ignored:
         hidden_ids |= frozenset(request.stop_token_ids)
     return hidden_ids
@@ -202,17 +175,8 @@ async def _merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _entry(token_bytes: TokenBytes, hidden_ids: Set[int], token_id: int, logprob: float) -> TokenLogprob:
-    raw = token_bytes.bytes_of(token_id)
-    return {
-        "token": raw.decode("utf-8", errors="replace"),
-        "logprob": max(logprob, _LOWEST) if math.isfinite(logprob) else _LOWEST,
-        "bytes": None if token_id in hidden_ids else list(raw),
-    }
-
-
 def logprob_entries(
-    chunk: EngineChunk, num_tokens: int, num_top_logprobs: int, token_bytes: TokenBytes, hidden_ids: Set[int]
+    chunk: EngineChunk, num_tokens: int, num_top_logprobs: int, vocabulary: Vocabulary, hidden_ids: Set[int]
 ) -> list[LogprobEntry] | None:
     """OpenAI's entries for the chunk's first `num_tokens` tokens; None where the engine sent no logprobs.
 
@@ -223,8 +187,16 @@ def logprob_entries(
     """
     if chunk.log_probs is None:
         return None
+
+    def entry(token_id: int, logprob: float) -> TokenLogprob:
+        raw = vocabulary.bytes_of(token_id)
+        return {
+            "token": raw.decode("utf-8", errors="replace"),
+            "logprob": max(logprob, _LOWEST) if math.isfinite(logprob) else _LOWEST,
+            "bytes": None if token_id in hidden_ids else list(raw),
+        }
+
     best = chunk.top_logprobs or [[]] * len(chunk.token_ids)
-    entry = functools.partial(_entry, token_bytes, hidden_ids)
     return [
         {
             **entry(token_id, logprob),

@@ -1,31 +1,35 @@
 """The text of a generation: token ids in, text to send out, ended by its stop strings.
 
+Why not `tokenizers.decoders.DecodeStream`: it cannot be asked for what is left at the end, it raises "Invalid
+prefix" when a byte-fallback token makes the bytes before it invalid ("<0xE2><0x82><0xAC>" gives "€", then
+"<0xFF>" takes it back), it holds a whole chunk back for one unfinished character, and it decodes a run of
+invalid bytes again from its start at every step, which is quadratic. Here every token becomes bytes by itself
+and an incremental UTF-8 decoder joins them: the split of the ids cannot matter, and each is looked at once.
+
+The text equals `Tokenizer.decode` (without special tokens) but for two things. A character cut off at the end of the
+generation is dropped, where `decode` gives U+FFFD. And where byte-fallback tokens are invalid UTF-8, only the invalid
+bytes become U+FFFD, where `decode` also replaces the valid characters next to them.
+
 Which stop string wins must not depend on how the text was split, so the rule is: the match that completes first; if
 several complete at the same character, the one that starts earliest (the longest). With the stops "abcd" and "bc",
-"abcd" never matches: "bc" has completed before it.
-
-Why no library: `regex` finds partial matches, but always lets the one that starts first win, so that a text would
-wait for "abcd" although "bc" is there; and no Aho-Corasick of PyPI tells how much of a text to hold back.
+"abcd" never matches: "bc" has completed before it. Why no library: `regex` finds partial matches, but always lets the
+one that starts first win, so that a text would wait for "abcd" although "bc" is there; and no Aho-Corasick of PyPI
+tells how much of a text to hold back.
 """
 
+import codecs
 from collections.abc import Sequence, Set
 
-from tokenizers import Tokenizer
-
-from common.text.detokenizer import IncrementalDetokenizer
+from common.text.vocabulary import Vocabulary
 
 
 class StopStringMatcher:
     """Passes text on up to the first stop string, and never a part that a stop string turns out to own.
 
     stop: non-empty strings; with none of them every text passes.
-
-    Raises: ValueError for an empty stop string.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        if not all(stop):
-            raise ValueError("a stop string must not be empty")
         self._stop = stop
         self._held = ""
         self.matched: str | None = None
@@ -61,16 +65,18 @@ class StopStringMatcher:
 
 
 class GeneratedText:
-    """Joins the detokenizer and the stop strings, and counts the tokens that made the text.
+    """Turns the ids of one generation into text: for any split, the pushes joined are the push of all ids.
 
     num_tokens: every id pushed, special and unknown ones included; after a stop string only those up to and
     including the token that completed it, however many came in the same chunk.
 
-    hidden_ids: those that the text leaves out; None: the special tokens.
+    hidden_ids: those that the text leaves out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), hidden_ids: Set[int] | None = None) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, hidden_ids=hidden_ids)
+    def __init__(self, vocabulary: Vocabulary, hidden_ids: Set[int], stop: Sequence[str] = ()) -> None:
+        self._vocabulary, self._hidden_ids = vocabulary, hidden_ids
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_at_start = True
         self._stop_strings = StopStringMatcher(stop) if stop else None
         self.num_tokens = 0
 
@@ -80,19 +86,34 @@ class GeneratedText:
         return self._stop_strings.matched if self._stop_strings else None
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text to send now, "" if none is final yet; token_ids: new ids only, length >= 0."""
+        """The text to send now; "" while a character or a stop string is unfinished: at the end the character is lost.
+
+        token_ids: new ids only, length >= 0; ids outside the vocabulary add nothing.
+        """
         if self._stop_strings is None:
             self.num_tokens += len(token_ids)
-            return self._detokenizer.push(token_ids)
-        # One token at a time, to know which one completes a stop string.
-        return "".join(self._push_token(token_id, self._stop_strings) for token_id in token_ids)
+            return self._decoded(token_ids)
+        text = ""
+        for token_id in token_ids:  # one at a time, to know which one completes a stop string
+            if self._stop_strings.matched is None:
+                self.num_tokens += 1
+                text += self._stop_strings.push(self._decoded([token_id]))
+        return text
 
     def finish(self) -> str:
         """The text held back, when the generation has ended; "" after a stop string."""
         return self._stop_strings.flush() if self._stop_strings else ""
 
-    def _push_token(self, token_id: int, stop_strings: StopStringMatcher) -> str:
-        if stop_strings.matched is not None:
-            return ""
-        self.num_tokens += 1
-        return stop_strings.push(self._detokenizer.push([token_id]))
+    def _decoded(self, token_ids: Sequence[int]) -> str:
+        shown_ids = [token_id for token_id in token_ids if token_id not in self._hidden_ids]
+        known, bytes_of = self._vocabulary.known, self._vocabulary.bytes_of
+        pieces = [known[each] if each in known else bytes_of(each) for each in shown_ids]  # mostly without a call
+        if self._is_at_start:
+            self._strip_leading_space(shown_ids, pieces)
+        return self._utf8.decode(b"".join(pieces))
+
+    def _strip_leading_space(self, shown_ids: list[int], pieces: list[bytes]) -> None:
+        first = next((index for index, piece in enumerate(pieces) if piece), None)
+        if first is not None:
+            pieces[first] = self._vocabulary.leading_bytes_of(shown_ids[first])
+            self._is_at_start = False

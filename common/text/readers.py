@@ -1,27 +1,29 @@
-"""Tool calls in a model's text, read as they are written: what is no part of a call is the answer's content.
+"""What is in a model's text, read as it is written: thoughts, calls of tools, and the rest, the answer's content.
 
+    <think>It asks for ...</think>
     <tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>     Hermes' form, Qwen's as well
     [{"name": "weather", "arguments": {"city": "Rome"}}, ...]                     what a grammar forces
 
-A reader is pushed pieces of text and says what they complete: any cut of a text gives the same content and the same
-calls. A call's name comes first, once it is that of a tool, then its arguments as the model writes them, character
-for character, be they JSON or not (NaN). What only looks like a call is content, unchanged. White space around calls
-is dropped.
+A reader is pushed pieces of text and says what they complete: any cut of a text gives the same. A call's name comes
+first, once it is that of a tool, then its arguments as the model writes them, character for character, be they JSON or
+not (NaN). What only looks like a call is content, unchanged. White space around calls and thoughts is dropped.
 """
 
 import json
 import re
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from common.text.vocabulary import Vocabulary
 from common.wire import ProcessorChunk, ToolCallDelta
 
 # White space is bounded here, so that no text makes a search slow.
-MAX_SPACE = 99
-SPACE = rf"\s{{0,{MAX_SPACE}}}"
+_MAX_SPACE = 99
+_SPACE = rf"\s{{0,{_MAX_SPACE}}}"
 _BEGINNING = re.compile(
-    rf'\{{{SPACE}"name"{SPACE}:{SPACE}"([\w-]{{1,64}})"{SPACE},{SPACE}"(?:arguments|parameters)"{SPACE}:{SPACE}(?={{)'
+    rf'\{{{_SPACE}"name"{_SPACE}:{_SPACE}"([\w-]{{1,64}})"{_SPACE},{_SPACE}"(?:arguments|parameters)"{_SPACE}:{_SPACE}(?={{)'
 )
 _MAX_BEGINNING = 1000  # characters: more than the pattern can match
 _MAX_PIECE = 4096  # characters
@@ -53,7 +55,7 @@ class PlainTextReader:
         return ProcessorChunk()
 
 
-class SpacedTags:
+class _SpacedTags:
     """Finds the first of some tags in a text that grows, with the white space before it.
 
     behind: a pattern of what belongs to a tag. The time for a search is linear in the text.
@@ -62,7 +64,7 @@ class SpacedTags:
     def __init__(self, tags: Sequence[str], behind: str = "") -> None:
         self._tag = re.compile(f"(?:{'|'.join(map(re.escape, tags))}){behind}")
         self._unfinished = re.compile(rf"(?:{'|'.join(map(_prefixes_of, tags))})\Z")
-        self._max_unfinished = max(map(len, tags)) + MAX_SPACE
+        self._max_unfinished = max(map(len, tags)) + _MAX_SPACE
 
     def find(self, text: str) -> tuple[int, int | None]:
         """Where it begins and ends. Without an end: one may begin there, at the latest at the end of the text."""
@@ -72,8 +74,13 @@ class SpacedTags:
         return _with_space_before(text, unfinished.start() if unfinished else len(text)), None
 
 
+def _prefixes_of(text: str) -> str:
+    """A pattern for the beginnings of a text, and for white space behind the whole of it."""
+    return reduce(lambda rest, character: f"{re.escape(character)}(?:{rest})?", reversed(text), _SPACE)
+
+
 def _with_space_before(text: str, position: int) -> int:
-    before = text[max(0, position - MAX_SPACE) : position]
+    before = text[max(0, position - _MAX_SPACE) : position]
     return position - len(before) + len(before.rstrip())
 
 
@@ -85,7 +92,7 @@ class ToolCallReader:
 
     def __init__(self, names: Iterable[str], openings: Sequence[str], closing: str) -> None:
         self._names = frozenset(names)
-        self._openings = SpacedTags(openings, behind=SPACE + "(?={)")
+        self._openings = _SpacedTags(openings, behind=_SPACE + "(?={)")
         self._closing = closing
         self._held = self._opened_by = ""
         self._call: _Call | None = None
@@ -162,11 +169,6 @@ def hermes_reader(names: Iterable[str]) -> ToolCallReader:
 def forced_calls_reader(names: Iterable[str]) -> ToolCallReader:
     """For the JSON array of calls that a grammar forces."""
     return ToolCallReader(names, ["[", ","], "]")
-
-
-def _prefixes_of(text: str) -> str:
-    """A pattern for the beginnings of a text, and for white space behind the whole of it."""
-    return reduce(lambda rest, character: f"{re.escape(character)}(?:{rest})?", reversed(text), SPACE)
 
 
 class _Call:
@@ -270,3 +272,110 @@ class _Brackets:
             elif character == "<":
                 return text[:position], text[position:], True
         return text, "", False
+
+
+_OPENING, _CLOSING = "<think>", "</think>"
+_CLOSING_TAG = _SpacedTags([_CLOSING])
+
+
+@dataclass(frozen=True)
+class ReasoningForm:
+    """How a model marks its thoughts. closing_id: of the token that ends them, if that is one token.
+
+    is_always_open: its answers begin within thoughts, even where the prompt does not.
+    """
+
+    vocabulary: Vocabulary
+    closing_id: int | None
+    is_always_open: bool
+
+    @classmethod
+    def of(cls, parser: str, vocabulary: Vocabulary, template: str) -> "ReasoningForm | None":
+        """parser: one of the names of --reasoning-parser. None: nothing is told from the answers."""
+        closing_id = vocabulary.tokenizer.token_to_id(_CLOSING)
+        is_clear = _CLOSING in template and closing_id is not None and closing_id not in vocabulary.special_ids
+        if parser == "none" or (parser == "auto" and not is_clear):
+            return None
+        return cls(vocabulary, closing_id, is_always_open=parser == "deepseek-r1")
+
+    def is_open(self, prompt: Sequence[int]) -> bool:
+        """Whether an answer to a prompt, by its token ids, begins within thoughts."""
+        end: str = self.vocabulary.tokenizer.decode(prompt[-8:], skip_special_tokens=False)
+        return self.is_always_open or end.rstrip().endswith(_OPENING)
+
+
+class ReasoningReader:
+    """Tells thoughts from the answer, which another reader reads.
+
+    is_open: the text begins within thoughts, as where the prompt ends with "<think>". Otherwise one that does not begin
+    with that, behind 99 white-space characters at most, has no thoughts. has_thought: whether there are any.
+    """
+
+    def __init__(self, answer: TextReader, *, is_open: bool, closing_id: int | None = None) -> None:
+        self._answer, self._closing_id = answer, closing_id
+        self._num_tokens, self._is_counted = 0, False
+        self._held = ""
+        self._place: Literal["beginning", "thoughts", "answer"] = "beginning"
+        self._is_before_first_word = False  # of the thoughts, or of the answer behind them
+        self.has_thought = is_open
+
+    @property
+    def has_called(self) -> bool:
+        return self._answer.has_called
+
+    def push(self, text: str) -> ProcessorChunk:
+        chunk = ProcessorChunk()
+        self._held += text
+        if self._place == "beginning":
+            self._look_for_opening()
+        if self._place == "thoughts":
+            chunk.reasoning_content = self._thoughts()
+        if self._place == "answer":
+            self._drop_space()
+            chunk.add(self._answer.push(self._held))
+            self._held = ""
+        return chunk
+
+    def flush(self) -> ProcessorChunk:
+        chunk = ProcessorChunk()
+        if self.has_thought:
+            chunk.reasoning_content = self._held
+        else:
+            chunk.add(self._answer.push(self._held))
+        chunk.add(self._answer.flush())
+        return chunk
+
+    def count(self, token_ids: Sequence[int]) -> None:
+        """token_ids: the next ones behind the text."""
+        if self._closing_id is not None and not self._is_counted:
+            self._is_counted = self._closing_id in token_ids
+            self._num_tokens += token_ids.index(self._closing_id) + 1 if self._is_counted else len(token_ids)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """How many were counted up to the one that ends the thoughts, and with it; None where no single one does."""
+        return None if self._closing_id is None else self._num_tokens * self.has_thought
+
+    def _look_for_opening(self) -> None:
+        begun = self._held.lstrip()
+        is_near = len(self._held) - len(begun) <= _MAX_SPACE
+        if is_near and begun.startswith(_OPENING):
+            self._held, self.has_thought = begun.removeprefix(_OPENING), True
+        elif is_near and _OPENING.startswith(begun):
+            return
+        self._place = "thoughts" if self.has_thought else "answer"
+        self._is_before_first_word = self.has_thought
+
+    def _thoughts(self) -> str:
+        """Up to where they end, or may end."""
+        self._drop_space()
+        start, end = _CLOSING_TAG.find(self._held)
+        thoughts, self._held = self._held[:start], self._held[start if end is None else end :]
+        if end is not None:
+            self._place, self._is_before_first_word = "answer", True
+        return thoughts
+
+    def _drop_space(self) -> None:
+        if self._is_before_first_word:
+            self._held = self._held.lstrip()
+            self._is_before_first_word = not self._held
