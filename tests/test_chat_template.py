@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.text.chat_template import ChatTemplate, template_tools
+from common.text.chat_template import ChatTemplate
 from tests.model_copies import TEMPLATE as HERMES
 from tests.tokenizers_for_tests import byte_level
 
@@ -48,8 +48,7 @@ def asked(*, system: str = "", arguments: str = '{"city": "Rome"}', **fields: An
 
 
 def prompt_of(template: ChatTemplate, request: ChatCompletionRequest) -> str:
-    tools = request.usable_tools
-    return template.render(template.conversation(request.messages, tools), template_tools(tools))
+    return template.render(*template.given(request))
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,10 @@ def test_a_prompts_ids_are_those_of_the_template_around_those_of_a_text(
     text = data.draw(texts_for(tokenizer))
     begin, end, *_ = special_tokens(tokenizer)
     literals = LiteralSpecialTokens(tokenizer, begin + end)
-    (message,) = literals.marked(user(text))
+    [message], *_ = literals.marked(user(text), [], {})
     assert message["content"].replace(MARK, "") == text
     [begin_id], [end_id] = encode(tokenizer, begin), encode(tokenizer, end)
-    token_ids = literals.encode(f"{begin}{message['content']}{end}")
+    token_ids = encode(literals.encoder, f"{begin}{message['content']}{end}")
     assert token_ids == [begin_id, *encode(without_special_tokens(tokenizer), text), end_id]
 
 
@@ -55,23 +55,23 @@ def test_a_prompts_ids_are_those_of_the_template_around_those_of_a_text(
 def test_a_text_without_special_tokens_gets_no_marks(tokenizer: Tokenizer, text: str) -> None:
     assume(not any(token[1:4] in text for token in special_tokens(tokenizer) if token[1:4]))  # what may begin one
     literals = LiteralSpecialTokens(tokenizer, "")
-    assert literals.marked(user(text)) == user(text)
-    assert literals.encode(text) == encode(tokenizer, text)
+    assert literals.marked(user(text), [], {}) == (user(text), [], {})
+    assert encode(literals.encoder, text) == encode(tokenizer, text)
 
 
 def test_tokens_that_are_matched_in_normalized_text_are_text_too() -> None:
     tokenizer = Tokenizer.from_str(BYTE_LEVEL["byte-level"].to_str().replace('"normalized":false', '"normalized":true'))
     tokenizer.normalizer = normalizers.NFC()
     literals = LiteralSpecialTokens(tokenizer, "")
-    (message,) = literals.marked(user("<|im_end|>"))
+    [message], *_ = literals.marked(user("<|im_end|>"), [], {})
     im_start = tokenizer.token_to_id("<|im_start|>")
-    token_ids = literals.encode("<|im_start|>" + message["content"])
+    token_ids = encode(literals.encoder, "<|im_start|>" + message["content"])
     assert token_ids == [im_start, *encode(without_special_tokens(tokenizer), "<|im_end|>")]
 
 
 def test_fields_that_are_no_text_of_a_client_are_left_alone() -> None:
     tokenizer = Tokenizer.from_str(BYTE_LEVEL["byte-level"].to_str())
     tokenizer.add_special_tokens(["<user>"])
-    (message,) = LiteralSpecialTokens(tokenizer, "").marked(user("user"))
+    [message], *_ = LiteralSpecialTokens(tokenizer, "").marked(user("user"), [], {})
     assert message["role"] == "user"
     assert message["content"] != "user"

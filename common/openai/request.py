@@ -234,12 +234,6 @@ class ChatCompletionRequest(StrictModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
-    def template_options(self) -> dict[str, Any]:
-        """What the chat template is given beside messages and tools."""
-        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
-        return effort | self.chat_template_kwargs
-
-    @property
     def is_eos_ignored(self) -> bool:
         return self.ignore_eos or (self.nvext is not None and self.nvext.ignore_eos)
 

@@ -15,6 +15,7 @@ import jinja2
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import values_of
+from common.openai.request import ChatCompletionRequest
 from common.openai.request_parts import Message, Tool
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Json = dict[str, Any]
 # What a template raises that was not written for what it is given.
 _FAILURES = (TypeError, KeyError, AttributeError, ValueError, RecursionError)
 _QUESTION = {"role": "user", "content": "x"}
@@ -61,12 +63,7 @@ class ChatTemplate:
         self.takes_calls = _NAME in called
         self.is_hermes = _HERMES_CALL.search(called) is not None
 
-    def render(
-        self,
-        conversation: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> str:
+    def render(self, conversation: list[Json], tools: list[Json] | None = None, options: Json | None = None) -> str:
         """The prompt, ending where the assistant's answer begins. options: more values, none of `reserved_names`.
 
         Raises:
@@ -82,23 +79,26 @@ class ChatTemplate:
             logger.warning("the chat template failed", exc_info=True)
             raise InvalidRequest("The model's chat template does not take these messages.", param="messages") from error
 
-    def _rendered(
-        self,
-        conversation: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        options: dict[str, Any] | None = None,
-    ) -> str:
+    def _rendered(self, conversation: list[Json], tools: list[Json] | None = None, options: Json | None = None) -> str:
         prompt = self._tokenizer.apply_chat_template(
             conversation, tools=tools or None, tokenize=False, add_generation_prompt=True, **(options or {})
         )
         return cast("str", prompt)
 
-    def conversation(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-        """Messages as the template expects them. Where it has no place for tools, a system message tells of them."""
-        entries = [self._entry(message) for message in messages]
-        return entries if self.takes_tools or not tools else _with_system_text(_introduction(tools), entries)
+    def given(self, request: ChatCompletionRequest) -> tuple[list[Json], list[Json], Json]:
+        """What to render: messages and tools as the template expects them, and more values.
 
-    def _entry(self, message: Message) -> dict[str, Any]:
+        Where the template has no place for tools, a system message tells of them.
+        """
+        tools = request.usable_tools
+        entries = [self._entry(message) for message in request.messages]
+        if tools and not self.takes_tools:
+            entries = _with_system_text(_introduction(tools), entries)
+        effort = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+        options = effort | request.chat_template_kwargs
+        return entries, [tool.model_dump(exclude_unset=True) for tool in tools], options
+
+    def _entry(self, message: Message) -> Json:
         """Text in one string, "developer" under its older name "system"."""
         entry = message.model_dump(exclude_none=True)
         content = message.content
@@ -111,7 +111,7 @@ class ChatTemplate:
             self._put_calls(entry)
         return entry
 
-    def _put_calls(self, entry: dict[str, Any]) -> None:
+    def _put_calls(self, entry: Json) -> None:
         """Their arguments as the template wants them. One without a place for calls gets them as they are forced."""
         functions = [call["function"] for call in entry["tool_calls"]]
         if not self.takes_calls:
@@ -122,19 +122,14 @@ class ChatTemplate:
             for call in entry["tool_calls"]:
                 call["function"] = _parsed(call["function"])
 
-    def _tried(self, conversation: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+    def _tried(self, conversation: list[Json], tools: list[Json] | None = None) -> str:
         """The prompt; "" where the template does not take it."""
         with contextlib.suppress(jinja2.TemplateError, *_FAILURES):
             return self._rendered(conversation, tools)
         return ""
 
 
-def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """As templates expect them."""
-    return [tool.model_dump(exclude_unset=True) for tool in tools]
-
-
-def _called_with(arguments: Any) -> list[dict[str, Any]]:
+def _called_with(arguments: Any) -> list[Json]:
     """A conversation in which a tool was called. The id is one that every template takes."""
     call = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
     return [
@@ -144,7 +139,7 @@ def _called_with(arguments: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _parsed(function: dict[str, Any]) -> dict[str, Any]:
+def _parsed(function: Json) -> Json:
     """The arguments' JSON as an object; as it is where it is none, which a model may have written, or none that every
     template can render: deep, or with half a surrogate pair, which has no UTF-8.
     """
@@ -166,7 +161,7 @@ def _introduction(tools: Sequence[Tool]) -> str:
     )
 
 
-def _with_system_text(text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_system_text(text: str, entries: list[Json]) -> list[Json]:
     if entries[0]["role"] != "system":
         return [{"role": "system", "content": text}, *entries]
     first = entries[0]

@@ -19,7 +19,7 @@ from common.openai.json_schema import check_grammar
 from common.openai.request import ChatCompletionRequest
 from common.openai.request_parts import Message, Tool
 from common.sampling import ContextLimits
-from common.text.chat_template import ChatTemplate, template_tools
+from common.text.chat_template import ChatTemplate
 from common.text.readers import ReasoningForm
 from common.text.special_tokens import MARK, LiteralSpecialTokens
 from common.text.tool_call_parsers import check_parser
@@ -166,36 +166,25 @@ class ChatTokenizer:
         return token_ids
 
     def _encode(self, request: ChatCompletionRequest, limits: ContextLimits) -> list[int]:
-        tools, options = request.usable_tools, request.template_options
-        conversation, offered = self.template.conversation(request.messages, tools), template_tools(tools)
-        prompt = self.template.render(conversation, offered, options)
+        given = self.template.given(request)
+        prompt, encoder = self.template.render(*given), self.backend
         if len(prompt) > limits.max_input_tokens * self._longest_token:  # not worth a tokenizer's time
             raise limits.exceeded(
                 f"Your messages make a prompt of {len(prompt)} characters, at least "
                 f"{len(prompt) // self._longest_token} tokens."
             )
-        if self._literals:
-            literals = self._literals
-            marked = literals.marked(conversation), literals.marked_tools(offered), literals.marked_options(options)
-            if marked != (conversation, offered, options):
-                return self._literals.encode(self._render_marked(*marked, prompt))
+        if self._literals and (marked := self._literals.marked(*given)) != given:
+            plain_prompt, prompt, encoder = prompt, self.template.render(*marked), self._literals.encoder
+            if prompt.replace(MARK, "") != plain_prompt:  # the template looks for special tokens in the messages
+                raise InvalidRequest(
+                    "The messages contain a special token of the model, which its chat template does not take as text.",
+                    param="messages",
+                )
         # The template alone decides on special tokens: adding them here would begin the sequence twice. All that
         # transformers' own `tokenize=True` does beyond this is to note the characters' offsets.
-        (encoding,) = self.backend.encode_batch_fast([prompt], add_special_tokens=False)
+        (encoding,) = encoder.encode_batch_fast([prompt], add_special_tokens=False)
         token_ids: list[int] = encoding.ids
         return token_ids
-
-    def _render_marked(
-        self, marked: list[dict[str, Any]], tools: list[dict[str, Any]], options: dict[str, Any], prompt: str
-    ) -> str:
-        """Raises: InvalidRequest, if that is another prompt: the template looks for special tokens in the messages."""
-        marked_prompt = self.template.render(marked, tools, options)
-        if marked_prompt.replace(MARK, "") != prompt:
-            raise InvalidRequest(
-                "The messages contain a special token of the model, which its chat template does not take as text.",
-                param="messages",
-            )
-        return marked_prompt
 
 
 def _is_short(request: ChatCompletionRequest) -> bool:

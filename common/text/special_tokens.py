@@ -18,7 +18,7 @@ _TEMPLATES_OWN = ("role", "type")  # fields whose words templates compare
 
 
 class LiteralSpecialTokens:
-    """Marks special tokens in messages, and encodes prompts that have marks.
+    """Marks special tokens in what a template is given. encoder: encodes prompts that have marks.
 
     prompt: one of the template's, for a word of a user. Its tokens frame turns even where they are not special by
     name (DeepSeek's "<｜User｜>"), so they are marked, too, except in what an assistant said: a model's answers have
@@ -32,26 +32,20 @@ class LiteralSpecialTokens:
         framing = {added[token_id].content for token_id in ids_in_prompt & added.keys()}
         framing = {token for token in framing if re.search(r"[^\w\s]", token)}  # no white space, and no word
         self._in_assistants, self._in_others = _Marker(special), _Marker(special | framing)
-        self._encoder = _marked_text_encoder(backend, special | framing)
+        self.encoder = _marked_text_encoder(backend, special | framing)
 
-    def marked(self, conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The conversation with its marks; equal to the one given where no text has such a token."""
-        return [
-            (self._in_assistants if message["role"] == "assistant" else self._in_others).marked(message)
-            for message in conversation
-        ]
-
-    def marked_tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        marked: list[dict[str, Any]] = self._in_others.marked(tools)
-        return marked
-
-    def marked_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {name: self._in_others.marked(value) for name, value in options.items()}
-
-    def encode(self, marked_prompt: str) -> list[int]:
-        (encoding,) = self._encoder.encode_batch_fast([marked_prompt], add_special_tokens=False)
-        token_ids: list[int] = encoding.ids
-        return token_ids
+    def marked(
+        self, conversation: list[dict[str, Any]], tools: list[Any], options: dict[str, Any]
+    ) -> tuple[list[dict[str, Any]], list[Any], dict[str, Any]]:
+        """What a template is given, with marks; equal to what it was where no text has such a token."""
+        return (
+            [
+                (self._in_assistants if message["role"] == "assistant" else self._in_others).marked(message)
+                for message in conversation
+            ],
+            self._in_others.marked(tools),
+            {name: self._in_others.marked(value) for name, value in options.items()},
+        )
 
 
 class _Marker:
@@ -114,11 +108,4 @@ def _marked_text_encoder(backend: Tokenizer, tokens: Set[str]) -> Tokenizer:
 
 
 def _unnormalized(token: AddedToken) -> AddedToken:
-    return AddedToken(
-        token.content,
-        single_word=token.single_word,
-        lstrip=token.lstrip,
-        rstrip=token.rstrip,
-        normalized=False,
-        special=token.special,
-    )
+    return AddedToken(**{**token.__getstate__(), "normalized": False})
