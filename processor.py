@@ -3,7 +3,7 @@
     frontend --(NATS)--> processor.process --(NATS)--> engine.generate
 
 It serves `inference/processor/process`. For each request it renders and tokenizes the messages, calls an engine
-for each choice, and turns the token ids that come back into text: once at the end, or piece by piece for a stream.
+for each choice, and turns the token ids that come back into text: as one chunk, or piece by piece for a stream.
 """
 
 import time

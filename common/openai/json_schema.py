@@ -32,12 +32,7 @@ MAX_MEMBERS = 1000  # of all its enums together, of all its properties, ...: `al
 MAX_PROPERTIES = 250  # of one object: llguidance's parser looks at all that may come next
 MAX_STRING = 1000  # characters, of what becomes a part of the grammar, and of names
 
-_COUNTED: dict[str, type[list[Any] | dict[str, Any]]] = {
-    "enum": list,
-    "required": list,
-    "properties": dict,
-    "patternProperties": dict,
-}
+_COUNTED: dict[str, type[Any]] = {"enum": list, "required": list, "properties": dict, "patternProperties": dict}
 SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 NO_SCHEMAS = ("const", "enum", "default", "examples")
 _GRAMMAR_VALUES = ("const", "enum")  # each string in them is a part of the grammar, whatever its key

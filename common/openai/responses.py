@@ -8,13 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from common.wire import (
-    AnswerFinishReason,
-    CallTrace,
-    LogprobEntry,
-    ProcessorDescription,
-    Usage,
-)
+from common.wire import AnswerFinishReason, CallTrace, LogprobEntry, ProcessorDescription, Usage
 
 Id = Annotated[str, Meta(pattern="^chatcmpl-")]
 CallId = Annotated[str, Meta(pattern="^call_")]

@@ -28,18 +28,9 @@ Json = dict[str, Any]
 _FAILURES = (TypeError, KeyError, AttributeError, ValueError, RecursionError)
 _QUESTION = {"role": "user", "content": "x"}
 _NAME, _ARGUMENTS = "tried_function", {"tried_argument": "x"}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "x",
-        "parameters": {
-            "type": "object",
-            "properties": {"tried_argument": {"type": "string", "description": "x"}},
-            "required": ["tried_argument"],
-        },
-    },
-}
+_ARGUMENT = {"type": "string", "description": "x"}
+_PARAMETERS = {"type": "object", "properties": {"tried_argument": _ARGUMENT}, "required": ["tried_argument"]}
+_TOOL = {"type": "function", "function": {"name": _NAME, "description": "x", "parameters": _PARAMETERS}}
 _MAX_DEPTH = 48  # of a call's arguments: templates and marks go through them level by level
 _HERMES_CALL = re.compile(r'<tool_call>\s*\{\s*"(name|arguments)"')
 

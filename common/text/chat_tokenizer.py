@@ -7,8 +7,9 @@ loop; short ones take less time than it would take to hand them to another threa
 import asyncio
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -44,10 +45,9 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class ChatTokenizer:
     """One model's tokenizer and chat template.
 
-    sampling_defaults: what the model's generation_config.json recommends, under OpenAI's names. model: what an engine
-    would say of the model.
-    reasoning: how the model marks what it thinks before it answers; None where it does not. markup_ids: of special
-    tokens that may be part of tool calls.
+    model: what an engine would say of the model. generation: what the model's generation_config.json recommends;
+    sampling_defaults: as far as OpenAI has names for it. reasoning: how the model marks what it thinks before it
+    answers; None where it does not. markup_ids: of special tokens that may be part of tool calls.
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class ChatTokenizer:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         model: EngineDescription,
-        sampling_defaults: dict[str, float | int] | None = None,
+        generation: dict[str, Any] | None = None,
         parsing: Parsing = DEFAULT_PARSING,
-        end_ids: Sequence[int] = (),
     ) -> None:
-        self._tokenizer = tokenizer
         self.backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
         self.vocabulary = Vocabulary(self.backend)
+        self.model = model
+        chosen = {name: value for name, value in (generation or {}).items() if value is not None}
+        self.sampling_defaults = {name: chosen[name] for name in _SAMPLING_DEFAULTS if name in chosen}
         # The special tokens without those that begin, end or fill a sequence.
         named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
-        self.markup_ids = self.vocabulary.special_ids - {*end_ids, *named}
-        self.model = model
-        self.sampling_defaults = sampling_defaults or {}
+        end_ids = chosen.get("eos_token_id", [])
+        self.markup_ids = self.vocabulary.special_ids - {*named, *(end_ids if isinstance(end_ids, list) else [end_ids])}
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)))
         num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
@@ -100,15 +100,10 @@ class ChatTokenizer:
             vocab_size=getattr(config, "vocab_size", len(tokenizer)),
             tokenizer_sha256=tokenizer_sha256(model),
         )
-        generation = _generation_config(transformers, model)
-        end_ids = generation.get("eos_token_id") or []
-        return cls(
-            tokenizer,
-            model=description,
-            sampling_defaults={name: generation[name] for name in _SAMPLING_DEFAULTS if name in generation},
-            parsing=parsing,
-            end_ids=end_ids if isinstance(end_ids, list) else [end_ids],
-        )
+        generation = None
+        with suppress(OSError):  # many models recommend nothing
+            generation = transformers.GenerationConfig.from_pretrained(model).to_diff_dict()
+        return cls(tokenizer, model=description, generation=generation, parsing=parsing)
 
     async def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
@@ -210,12 +205,3 @@ def _transformers_without_torch() -> Any:
     if modules["torch"] is None:
         del modules["torch"]
     return transformers
-
-
-def _generation_config(transformers: Any, model: str) -> dict[str, Any]:
-    """What the model recommends."""
-    try:
-        config = transformers.GenerationConfig.from_pretrained(model).to_diff_dict()
-    except OSError:  # many models recommend nothing
-        return {}
-    return {name: value for name, value in config.items() if value is not None}

@@ -106,15 +106,9 @@ class ToolCallReader:
     def push(self, text: str) -> ProcessorChunk:
         chunk = ProcessorChunk()
         for start in range(0, len(text), _MAX_PIECE):  # each call in a piece copies the rest of it
-            chunk.add(self._read(text[start : start + _MAX_PIECE]))
-        return chunk
-
-    def _read(self, piece: str) -> ProcessorChunk:
-        chunk = ProcessorChunk()
-        self._held += piece
-        is_more = True
-        while is_more:
-            is_more = self._read_text(chunk) if self._call is None else self._read_call(self._call, chunk)
+            self._held += text[start : start + _MAX_PIECE]
+            while self._read_text(chunk) if self._call is None else self._read_call(self._call, chunk):
+                pass
         return chunk
 
     def flush(self) -> ProcessorChunk:

@@ -117,30 +117,22 @@ def tokenizer_sha256(model: str, revision: str | None = None) -> str:
     model: a folder, or a hub name, whose files are looked for in the Hugging Face cache of this machine.
     Returns "" where there is no tokenizer.json, or none that can be read.
     """
-    path = _tokenizer_file(model, revision)
-    if path is None:
-        return ""
     try:
-        tokens = sorted(_tokens(orjson.loads(path.read_bytes())))
+        tokens = sorted(_tokens(orjson.loads(_tokenizer_file(model, revision).read_bytes())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
     return hashlib.sha256(orjson.dumps(tokens)).hexdigest()
 
 
-def _tokenizer_file(model: str, revision: str | None) -> Path | None:
-    path = Path(model) / "tokenizer.json"
-    if path.is_file():
-        return path
+def _tokenizer_file(model: str, revision: str | None) -> Path:
+    """Raises:
+    OSError, ValueError: there is none on this machine.
+    """
     if Path(model).is_dir():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+        return Path(model) / "tokenizer.json"
+    from huggingface_hub import hf_hub_download
 
-    try:
-        cached = try_to_load_from_cache(model, "tokenizer.json", revision=revision)
-    except HFValidationError:  # a path, but not of a folder on this machine
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+    return Path(hf_hub_download(model, "tokenizer.json", revision=revision, local_files_only=True))
 
 
 def _tokens(tokenizer: dict[str, Any]) -> set[tuple[int, str]]:
