@@ -11,7 +11,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import unquote
 
 import msgspec
@@ -33,8 +33,8 @@ MAX_PROPERTIES = 250  # of one object: llguidance's parser looks at all that may
 MAX_STRING = 1000  # characters, of what becomes a part of the grammar, and of names
 
 _COUNTED: dict[str, type[Any]] = {"enum": list, "required": list, "properties": dict, "patternProperties": dict}
-SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-NO_SCHEMAS = ("const", "enum", "default", "examples")
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_NO_SCHEMAS = ("const", "enum", "default", "examples")
 _GRAMMAR_VALUES = ("const", "enum")  # each string in them is a part of the grammar, whatever its key
 _TEXTS = ("description", "title", "$comment", "$id", "$schema")
 _DRAFT_3 = ("disallow", "divisibleBy", "extends")  # later drafts do not have them, so llguidance takes no notice
@@ -97,7 +97,7 @@ def _values_in(keyword: str, value: dict[str, Any] | list[Any]) -> Iterator[tupl
         return ((keyword, "", inner) for inner in value)
     if keyword in _GRAMMAR_VALUES:
         return ((keyword, name, inner) for name, inner in value.items())
-    if keyword in SCHEMAS_BY_NAME:  # the client chose these names
+    if keyword in _SCHEMAS_BY_NAME:  # the client chose these names
         return (("", name, inner) for name, inner in value.items())
     return ((name, name, inner) for name, inner in value.items())
 
@@ -161,7 +161,7 @@ def _check_keywords(root: dict[str, Any]) -> None:
     """Raises:
     ValueError: there is a keyword that only draft 3 had, and llguidance would ignore.
     """
-    for part in _parts(root).values():
+    for part in parts_of(root, with_targets=True):
         if name := next((name for name in _DRAFT_3 if name in part), None):
             raise ValueError(f"{name} is a keyword of JSON Schema's draft 3 only")
         properties = part.get("properties")
@@ -177,47 +177,32 @@ def check_ends(root: dict[str, Any]) -> None:
     Raises:
         ValueError: some part has none.
     """
-    parts = {part_id: _Part.of(part, root) for part_id, part in _parts(root).items()}
+    needs = {id(part): _needs(part, root) for part in parts_of(root, with_targets=True)}
     dependents = defaultdict(list)
-    for part_id, part in parts.items():
-        for needed_id in itertools.chain(part.all_of, *part.any_of):
+    for part_id, choices in needs.items():
+        for needed_id in itertools.chain(*choices):
             dependents[needed_id].append(part_id)
     ending: set[int] = set()
-    pending = list(parts)
+    pending = list(needs)
     while pending:
         part_id = pending.pop()
-        if part_id not in ending and parts[part_id].ends(ending):
+        if part_id not in ending and not any(ending.isdisjoint(choice) for choice in needs[part_id]):
             ending.add(part_id)
             pending += dependents[part_id]
-    if not ending.issuperset(parts):
+    if not ending.issuperset(needs):
         raise ValueError("the schema refers to itself in such a way that no answer could end")
 
 
-class _Part(NamedTuple):
-    """What has to have a value for a part of a schema to have one: all of these, and one of each of those. By id."""
-
-    all_of: list[int]
-    any_of: list[list[int]]
-
-    @classmethod
-    def of(cls, part: dict[str, Any], root: dict[str, Any]) -> "_Part":
-        choices = [_list_of(part, name) for name in ("anyOf", "oneOf")]
-        return cls(
-            _ids(_targets(part, root) + _list_of(part, "allOf") + _always_within(part)),
-            # One that is no object, such as true, has a value.
-            [_ids(choice) for choice in choices if choice and all(isinstance(each, dict) for each in choice)],
-        )
-
-    def ends(self, ending: set[int]) -> bool:
-        return ending.issuperset(self.all_of) and all(not ending.isdisjoint(choice) for choice in self.any_of)
+def _needs(part: dict[str, Any], root: dict[str, Any]) -> list[list[int]]:
+    """What has to have a value for a part of a schema to have one: one of each of these choices, by id."""
+    all_of = _targets(part, root) + _list_of(part, "allOf") + _always_within(part)
+    choices = [[each] for each in all_of] + [_list_of(part, name) for name in ("anyOf", "oneOf")]
+    # One that is no object, such as true, has a value.
+    return [list(map(id, choice)) for choice in choices if choice and all(isinstance(each, dict) for each in choice)]
 
 
-def _ids(schemas: list[Any]) -> list[int]:
-    return [id(schema) for schema in schemas if isinstance(schema, dict)]
-
-
-def _parts(root: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """All schemas, by id: those within others, and what a reference points to, wherever that is."""
+def parts_of(root: dict[str, Any], *, with_targets: bool = False) -> list[dict[str, Any]]:
+    """All schemas: those within others, and with_targets what a reference points to, wherever that is."""
     parts: dict[int, dict[str, Any]] = {}
     stack: list[Any] = [root]
     while stack:
@@ -226,11 +211,11 @@ def _parts(root: dict[str, Any]) -> dict[int, dict[str, Any]]:
             stack += value
         elif isinstance(value, dict) and id(value) not in parts:
             parts[id(value)] = value
-            stack += _targets(value, root)
+            stack += _targets(value, root) if with_targets else []
             for name, inner in value.items():
-                is_by_name = name in SCHEMAS_BY_NAME and isinstance(inner, dict)
-                stack += inner.values() if is_by_name else [] if name in NO_SCHEMAS else [inner]
-    return parts
+                is_by_name = name in _SCHEMAS_BY_NAME and isinstance(inner, dict)
+                stack += inner.values() if is_by_name else [] if name in _NO_SCHEMAS else [inner]
+    return list(parts.values())
 
 
 def _always_within(part: dict[str, Any]) -> list[Any]:

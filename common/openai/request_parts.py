@@ -1,12 +1,13 @@
 """What a request is made of: models of JSON that refuse what they do not know; messages; tools."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from common.openai.json_schema import NO_SCHEMAS, SCHEMAS_BY_NAME, JsonSchema, values_of
+from common.openai.json_schema import JsonSchema, parts_of, values_of
 
 MAX_TOOLS = 128
 MAX_TOOLS_VALUES = 20_000  # of the JSON of all tools together: they are looked at on an event loop
@@ -236,18 +237,10 @@ def _parameters(tool: Tool) -> dict[str, Any]:
     return {"type": "object", **tool.function.parameters}
 
 
-def _moved(schema: Any, place: str) -> Any:
+def _moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
     """The schema with its references to itself as they are once it stands at `place` of another one."""
-    if isinstance(schema, list):
-        return [_moved(part, place) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    return {name: _moved_keyword(name, value, place) for name, value in schema.items()}
-
-
-def _moved_keyword(name: str, value: Any, place: str) -> Any:
-    if name == "$ref" and isinstance(value, str) and value.startswith("#"):
-        return place + value[1:]
-    if name in SCHEMAS_BY_NAME and isinstance(value, dict):
-        return {key: _moved(part, place) for key, part in value.items()}
-    return value if name in NO_SCHEMAS else _moved(value, place)
+    moved = copy.deepcopy(schema)
+    for part in parts_of(moved):
+        if isinstance(ref := part.get("$ref"), str) and ref.startswith("#"):
+            part["$ref"] = place + ref[1:]
+    return moved

@@ -11,7 +11,7 @@ from common.openai.request import ChatCompletionRequest
 from common.sampling import engine_request
 from common.text.chat_tokenizer import ChatTokenizer
 from common.text.generated_text import GeneratedText
-from common.text.readers import PlainTextReader, ReasoningReader, TextReader, forced_calls_reader, hermes_reader
+from common.text.readers import PlainTextReader, TextReader, forced_calls_reader, hermes_reader
 from common.text.tool_call_parsers import SGLangToolCallReader
 from common.text.vocabulary import Vocabulary
 from common.wire import (
@@ -50,7 +50,10 @@ class Choice:
         self._hidden_ids = _hidden_ids(tokenizer, request)
         self._text = GeneratedText(tokenizer.vocabulary, self._hidden_ids, request.stop_strings)
         self._reader = _reader_for(request, tokenizer)
-        self._thoughts = _thoughts_before(self._reader, tokenizer, request, prompt)
+        self._thoughts = None
+        if tokenizer.reasoning is not None:
+            has_grammar = request.answer_schema is not None
+            self._thoughts = tokenizer.reasoning.reader(self._reader, prompt, has_grammar=has_grammar)
         self._collected = ProcessorChunk(index)
 
     def push(self, data: EngineChunk) -> ProcessorChunk | None:
@@ -129,15 +132,6 @@ def _reader_for(request: ChatCompletionRequest, tokenizer: ChatTokenizer) -> Tex
     if tokenizer.parsing.has_foreign_calls:
         return SGLangToolCallReader(str(tokenizer.parsing.tool_calls), tools, is_streamed=request.stream)
     return hermes_reader(names)
-
-
-def _thoughts_before(
-    answer: TextReader, tokenizer: ChatTokenizer, request: ChatCompletionRequest, prompt: list[int]
-) -> ReasoningReader | None:
-    if tokenizer.reasoning is None:
-        return None
-    is_open = request.answer_schema is None and tokenizer.reasoning.is_open(prompt)  # a grammar leaves no room for any
-    return ReasoningReader(answer, is_open=is_open, closing_id=tokenizer.reasoning.closing_id)
 
 
 def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -292,10 +292,11 @@ class ReasoningForm:
             return None
         return cls(vocabulary, closing_id, is_always_open=parser == "deepseek-r1")
 
-    def is_open(self, prompt: Sequence[int]) -> bool:
-        """Whether an answer to a prompt, by its token ids, begins within thoughts."""
+    def reader(self, answer: TextReader, prompt: Sequence[int], *, has_grammar: bool) -> "ReasoningReader":
+        """For what comes behind a prompt, by its token ids. A grammar leaves no room for thoughts."""
         end: str = self.vocabulary.tokenizer.decode(prompt[-8:], skip_special_tokens=False)
-        return self.is_always_open or end.rstrip().endswith(_OPENING)
+        is_open = self.is_always_open or end.rstrip().endswith(_OPENING)
+        return ReasoningReader(answer, is_open=is_open and not has_grammar, closing_id=self.closing_id)
 
 
 class ReasoningReader:
