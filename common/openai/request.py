@@ -9,15 +9,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, WithJsonSchema, model_validator
 
 from common.errors import InvalidRequest
 from common.openai.json_schema import JsonSchema, check_size, schema_text
@@ -31,6 +23,7 @@ from common.openai.request_parts import (
     Message,
     NamedTool,
     StrictModel,
+    TokenId,
     Tool,
     ToolChoice,
     Tools,
@@ -38,7 +31,6 @@ from common.openai.request_parts import (
     any_of,
     forced_calls_schema,
     present,
-    whole_number,
 )
 from common.wire import SCHEMA_PARAM
 
@@ -49,25 +41,21 @@ MAX_STOP_TOKENS = 64
 MAX_TEMPLATE_VALUES, MAX_TEMPLATE_CHARACTERS = 16, 256
 
 # Fields of OpenAI's that have no effect here, with the values that ask for none.
+_IGNORED_FIELDS = (
+    "store", "verbosity", "prediction", "service_tier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier",
+)  # fmt: skip
 NO_OPS: dict[str, Any] = {
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "store": IGNORED,
-    "verbosity": IGNORED,
-    "prediction": IGNORED,
-    "service_tier": IGNORED,
-    "prompt_cache_key": IGNORED,
-    "prompt_cache_options": IGNORED,
-    "prompt_cache_retention": IGNORED,
-    "safety_identifier": IGNORED,
+    **dict.fromkeys(_IGNORED_FIELDS, IGNORED),
 }
 # Each belongs to another field: where both are refused, it is not the cause.
 _DEPENDENT = ("tool_choice", "parallel_tool_calls", "function_call")
 _TOKEN_ID = "^[0-9]{1,10}$"  # int() itself fails above 4300 digits
 _TAGS = (IS_STRING.tag, IS_LIST.tag, IS_OBJECT.tag)
 
-TokenId = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(whole_number)]
 LogitBias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     Field(max_length=MAX_BIASED_TOKENS, json_schema_extra={"propertyNames": {"pattern": _TOKEN_ID}}),

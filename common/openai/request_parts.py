@@ -26,9 +26,12 @@ def _is_no_op(value: Any, no_op_values: Any) -> bool:
     return no_op_values is IGNORED or any(type(value) is type(no_op) and value == no_op for no_op in no_op_values)
 
 
-def whole_number(value: Any) -> Any:
+def _whole_number(value: Any) -> Any:
     # JSON has one kind of number, so 1.0 is an integer. Integers beyond 64 bits arrive as floats, and rounded.
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31), BeforeValidator(_whole_number)]
 
 
 def _describe(schema: dict[str, Any], model: "type[StrictModel]") -> None:
@@ -68,7 +71,7 @@ class StrictModel(BaseModel):
         if not isinstance(data, dict):
             return data
         return {
-            name: whole_number(value)
+            name: _whole_number(value)
             for name, value in data.items()
             if value is not None and not _is_no_op(value, cls.no_ops.get(name, ()))
         }

@@ -103,11 +103,10 @@ def usage_of(num_prompt_tokens: int, choices: Sequence[Choice]) -> Usage:
     """So far. Cached are those of the prompt that each choice's engine found in its cache: the fewest."""
     num_tokens = sum(choice.num_tokens for choice in choices)
     usage = Usage(num_prompt_tokens, num_tokens, num_prompt_tokens + num_tokens)
-    reasoning = [choice.num_reasoning_tokens for choice in choices if choice.num_reasoning_tokens is not None]
-    if reasoning:
+    if reasoning := [num for choice in choices if (num := choice.num_reasoning_tokens) is not None]:
         usage.completion_tokens_details = CompletionTokensDetails(sum(reasoning))
-    cached = [choice.num_cached_tokens for choice in choices if choice.num_cached_tokens is not None]
-    if cached:  # one that went on elsewhere has its own first tokens in its prompt, too
+    if cached := [num for choice in choices if (num := choice.num_cached_tokens) is not None]:
+        # one that went on elsewhere has its own first tokens in its prompt, too
         usage.prompt_tokens_details = PromptTokensDetails(min(num_prompt_tokens, *cached))
     return usage
 
