@@ -25,8 +25,8 @@ def engine_request(
 
     With a seed, each choice gets its own: the same one would give the same text `n` times.
     """
-    chosen = {name: getattr(chat, name) for name in _SAMPLING_FIELDS}
-    sampling: dict[str, Any] = {name: defaults.get(name) if value is None else value for name, value in chosen.items()}
+    chosen = {name: value for name in _SAMPLING_FIELDS if (value := getattr(chat, name)) is not None}
+    sampling: dict[str, Any] = defaults | chosen
     seed = None if chat.seed is None else chat.seed + index
     return EngineRequest(
         token_ids=token_ids,
