@@ -86,7 +86,7 @@ class GeneratedText:
         return self._stop_strings.matched if self._stop_strings else None
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text to send now; "" while a character or a stop string is unfinished: at the end the character is lost.
+        """The text to send now; "" while a character, which is dropped at the end, or a stop string is unfinished.
 
         token_ids: new ids only, length >= 0; ids outside the vocabulary add nothing.
         """
