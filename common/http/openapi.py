@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
-from fastapi import FastAPI
 
 from common import errors
 from common.errors import PipelineError
@@ -19,6 +18,7 @@ from common.page.live_page import Pipeline
 
 Schema = dict[str, Any]
 
+TITLE = "Chat completions on Dynamo"
 _DESCRIPTION = """\
 OpenAI's chat completions, answered by a Dynamo pipeline.
 
@@ -103,13 +103,13 @@ def _header(description: str, schema: Schema) -> Schema:
     return {"description": description, "required": True, "schema": schema}
 
 
-def _response(description: str, content: Schema, headers: Schema | None = None) -> Schema:
+def _response(description: str, content: Schema, *, has_retry_after: bool = False) -> Schema:
     """content: the schema for each media type."""
-    return {
-        "description": description,
-        "headers": {"x-request-id": _header("The client's, or a new one.", STRING)} | (headers or {}),
-        "content": {media_type: {"schema": schema} for media_type, schema in content.items()},
-    }
+    headers = {"x-request-id": _header("The client's, or a new one.", STRING)}
+    if has_retry_after:
+        headers["retry-after"] = _header("Seconds.", {"type": "integer", "minimum": 0})
+    content = {media_type: {"schema": schema} for media_type, schema in content.items()}
+    return {"description": description, "headers": headers, "content": content}
 
 
 def _answer(description: str, schema: str) -> Schema:
@@ -117,12 +117,10 @@ def _answer(description: str, schema: str) -> Schema:
 
 
 def _error_responses(*kinds: type[PipelineError]) -> dict[str, Schema]:
-    retry_after = {"retry-after": _header("Seconds.", {"type": "integer", "minimum": 0})}
+    content = {"application/json": _ref("Error")}
     return {
-        str(error.status): _response(
-            error.__doc__ or "", {"application/json": _ref("Error")}, retry_after if error.retry_after_s else None
-        )
-        for error in kinds
+        str(kind.status): _response(kind.__doc__ or "", content, has_retry_after=kind.retry_after_s is not None)
+        for kind in kinds
     }
 
 
@@ -135,13 +133,8 @@ def _operation(
     }  # fmt: skip
 
 
-def _require_key(operation: Schema) -> None:
-    operation["responses"] = dict(sorted((operation["responses"] | _error_responses(errors.InvalidApiKey)).items()))
-    operation["security"] = [{"apiKey": []}]
-
-
-def _operations(*, is_page_served: bool) -> dict[str, tuple[str, Schema]]:
-    """The method and the operation of each path."""
+def _paths(*, is_page_served: bool) -> dict[str, dict[str, Schema]]:
+    """For each path its operations, by method."""
     chat = _operation(
         "createChatCompletion", "Answer a chat", _response(_STREAM, _CHAT_ANSWER), *_CHAT_ERRORS,
         parameters=[_SHOW_PATH] * is_page_served,
@@ -152,17 +145,17 @@ def _operations(*, is_page_served: bool) -> dict[str, tuple[str, Schema]]:
     )
     ready = _answer("A processor and an engine are there.", "Ready")
     metrics = _response("Prometheus' text format.", {"text/plain": STRING})
-    operations = {
-        CHAT_PATH: ("post", chat | {"requestBody": _CHAT_BODY}),
-        "/v1/models": ("get", models),
-        "/v1/models/{model}": ("get", model),
-        "/health": ("get", _operation("health", "Is this process alive?", _answer("It is.", "Health"))),
-        "/ready": ("get", _operation("ready", "Will a chat request be answered?", ready, errors.Unavailable)),
-        "/metrics": ("get", _operation("metrics", "What the frontend has counted", metrics)),
+    paths = {
+        CHAT_PATH: {"post": chat | {"requestBody": _CHAT_BODY}},
+        "/v1/models": {"get": models},
+        "/v1/models/{model}": {"get": model},
+        "/health": {"get": _operation("health", "Is this process alive?", _answer("It is.", "Health"))},
+        "/ready": {"get": _operation("ready", "Will a chat request be answered?", ready, errors.Unavailable)},
+        "/metrics": {"get": _operation("metrics", "What the frontend has counted", metrics)},
     }
     if is_page_served:
-        operations["/pipeline"] = ("get", _operation("pipeline", "Who is there?", _answer("As etcd says.", "Pipeline")))
-    return operations
+        paths["/pipeline"] = {"get": _operation("pipeline", "Who is there?", _answer("As etcd says.", "Pipeline"))}
+    return paths
 
 
 def _schemas() -> dict[str, Schema]:
@@ -187,21 +180,13 @@ def openapi_document(*, is_key_required: bool, is_page_served: bool = True) -> S
 
     is_page_served: whether there is the page at `/`, and a way to ask for a request's path.
     """
-    operations, components = _operations(is_page_served=is_page_served), {"schemas": _schemas()}
+    paths, components = _paths(is_page_served=is_page_served), {"schemas": _schemas()}
     if is_key_required:
         components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}
-        for path, (_, operation) in operations.items():
+        for path, methods in paths.items():
             if path.startswith(PROTECTED_PREFIXES):
-                _require_key(operation)
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Chat completions on Dynamo", "version": "1.0", "description": _DESCRIPTION},
-        "paths": {path: {method: operation} for path, (method, operation) in operations.items()},
-        "components": components,
-    }
-
-
-def install_openapi(app: FastAPI, *, is_key_required: bool, is_page_served: bool) -> None:
-    """Have /openapi.json and /docs show our document."""
-    document = openapi_document(is_key_required=is_key_required, is_page_served=is_page_served)
-    app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's own way to replace it
+                for operation in methods.values():
+                    operation["responses"] |= _error_responses(errors.InvalidApiKey)
+                    operation["security"] = [{"apiKey": []}]
+    info = {"title": TITLE, "version": "1.0", "description": _DESCRIPTION}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components}

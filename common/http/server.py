@@ -23,7 +23,7 @@ from common.dynamo.runtime import Client, DistributedRuntime
 from common.environment import DRAIN_TIMEOUT_S
 from common.errors import MethodNotAllowed, ModelNotFound, NotFound, Unavailable
 from common.http.middleware import CHAT_PATH, REQUEST_ID, ChatRoute, Gate, RequestId, error_response
-from common.http.openapi import install_openapi
+from common.http.openapi import TITLE, openapi_document
 from common.http.protocol import GuardedProtocol
 from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.observability.metrics import Metrics
@@ -59,10 +59,11 @@ def create_app(chat_completions: ChatRoute, pipeline: Pipeline, args: FrontendAr
     """The HTTP side as an ASGI app."""
     # The spans are ours (common/observability): FastAPI need not look for each request whether it is to make some.
     telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False}
-    app = FastAPI(title="Chat completions on Dynamo", redirect_slashes=False, telemetry=telemetry)
+    app = FastAPI(title=TITLE, redirect_slashes=False, telemetry=telemetry)
     app.add_route(CHAT_PATH, chat_completions, methods=["POST"])  # for those who list the routes: see `Gate`
     _add_routes(app, pipeline, metrics)
-    install_openapi(app, is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
+    document = openapi_document(is_key_required=bool(args.api_keys), is_page_served=args.is_page_served)
+    app.openapi = lambda: document  # type: ignore[method-assign]  # FastAPI's own way to replace it
     if args.is_page_served:
         install_live_page(app, pipeline.models, pipeline.engine_client)
     app.add_middleware(Gate, respond=chat_completions, args=args)
