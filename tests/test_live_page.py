@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadUpstream
-from common.observability.request_records import SHOW_PATH_HEADER, RequestPath
+from common.observability.request_records import SHOW_PATH_HEADER
 from common.page.live_page import PAGE, cache_figures, page_headers
 from common.wire import (
     NUM_LOWEST_HASHES,
@@ -102,12 +102,12 @@ class TestAPath:
         assert to_wire(last)["path"].keys() == {"first_us", "last_us"}
 
     def test_it_tells_who_was_called_and_who_broke(self) -> None:
-        path = RequestPath()
-        path.broke(path.calling(2**63))
-        path.received(
-            path.calling(255), read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
-        )
-        first, second = path.to_json()["calls"]
+        record = request_context("processor", show_path=True).record
+        record.calling(2**63).broke()
+        last = read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
+        record.calling(255).received(last)
+        assert record.path is not None
+        first, second = record.path.to_json()["calls"]
         assert (first["instance"], first["is_broken"]) == ("8000000000000000", True)
         assert (second["instance"], second["stage"]) == ("ff", {"first_us": 1, "last_us": 2})
         assert 0 <= first["called_us"] <= first["last_us"] <= second["called_us"] <= second["first_us"]

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.telemetry import TelemetryConfig
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -25,7 +26,6 @@ from common.errors import MethodNotAllowed, ModelNotFound, NotFound, Unavailable
 from common.http.middleware import CHAT_PATH, REQUEST_ID, ChatRoute, Gate, RequestId, error_response
 from common.http.openapi import TITLE, openapi_document
 from common.http.protocol import GuardedProtocol
-from common.observability.metrics import CONTENT_TYPE as METRICS_TYPE
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.openai.responses import Models, model_of
@@ -111,7 +111,7 @@ def _add_routes(app: FastAPI, pipeline: Pipeline, metrics: Metrics) -> None:
 
     @app.api_route("/metrics", methods=GET)
     async def show_metrics() -> Response:
-        return Response(metrics.text(), media_type=METRICS_TYPE)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(404)
     async def nothing_there(request: Request, _: HTTPException) -> Response:

@@ -5,19 +5,36 @@ path goes to those who ask to see it. Each process tells of itself: when its fir
 called meanwhile. All times count from the moment at which that process received the request, by its own clock: no two
 clocks are ever compared. The caller knows which instance it called, so nobody needs to know its own name. The time of a
 call that the worker does not account for was spent between the two processes.
+
+Dynamo makes spans, too, but its Python binding cannot give the first of them a parent: they are a trace of their
+own, whatever the client sent. So the wire's dicts carry `traceparent` (W3C trace context), and the spans made here
+carry the trace on. Dynamo's settings switch them on and say where they go: OTEL_EXPORT_ENABLED,
+OTEL_EXPORTER_OTLP_TRACES_ENDPOINT.
 """
 
 import logging
 import os
+import random
 import time
 from types import TracebackType
 from typing import Any
 
 import msgspec
+from opentelemetry.trace import (
+    NoOpTracer,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    format_span_id,
+    format_trace_id,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from common.environment import is_on
 from common.errors import InternalError, PipelineError
 from common.observability.metrics import Metrics
-from common.observability.tracing import RequestSpan, tracer_for
 from common.openai.request import ChatCompletionRequest
 from common.wire import (
     CallTrace,
@@ -32,6 +49,11 @@ from common.wire import (
 )
 
 SHOW_PATH_HEADER = "x-show-path"
+OK, CANCELLED = "ok", "cancelled"
+_EXPORT_TIMEOUT_S = 2.0  # for all tries of one batch; the last one is on the way when a process stops
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+logger = logging.getLogger(__name__)
 
 
 class RequestPath:
@@ -41,29 +63,17 @@ class RequestPath:
         self._received_ns = time.monotonic_ns()
         self.trace = HopTrace()
 
-    def calling(self, instance_id: int, route: RouteTrace | None = None) -> CallTrace:
-        call = CallTrace(instance=f"{instance_id:x}", called_us=self._now_us(), route=route)
-        self.trace.calls.append(call)
-        return call
+    def now_us(self) -> int:
+        return (time.monotonic_ns() - self._received_ns) // 1000
 
-    def answering(self) -> None:
-        """Note that something leaves this process."""
-        self._note(self.trace)
-
-    def received(self, call: CallTrace, chunk: ProcessorChunk | EngineChunk) -> None:
-        self._note(call)
-        call.stage = chunk.path or call.stage
-
-    def broke(self, call: CallTrace) -> None:
-        call.last_us, call.is_broken = self._now_us(), True
-
-    def _note(self, trace: HopTrace | CallTrace) -> None:
-        trace.last_us = self._now_us()
+    def passed(self, trace: HopTrace | CallTrace) -> None:
+        """Note that something leaves this process, or comes from one that it calls."""
+        trace.last_us = self.now_us()
         if trace.first_us is None:
             trace.first_us = trace.last_us
 
-    def _now_us(self) -> int:
-        return (time.monotonic_ns() - self._received_ns) // 1000
+    def answering(self) -> None:
+        self.passed(self.trace)
 
     def to_json(self) -> dict[str, Any]:
         """The whole path, as a frontend tells it to its client. `pid`: a frontend is in no registry, and has no id."""
@@ -71,8 +81,31 @@ class RequestPath:
         return {"pid": os.getpid(), **msgspec.to_builtins(self.trace)}
 
 
-OK = "ok"
-CANCELLED = "cancelled"
+class RequestSpan:
+    """A request's stay in one process.
+
+    trace_id: 32 hexadecimal digits, "" where the request belongs to no trace; a frontend begins one where nobody else
+    has. traceparent: what came, "" where none did; then what the next process on the way is sent.
+    """
+
+    def __init__(self, tracer: Tracer, component: str, traceparent: str) -> None:
+        parent = _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})
+        self._span = tracer.start_span(component, context=parent, kind=SpanKind.SERVER)
+        context = self._span.get_span_context()
+        if component == "frontend" and not context.is_valid:
+            context = SpanContext(random.getrandbits(128) or 1, random.getrandbits(64) or 1, False, TraceFlags(0))
+        self.trace_id = self.traceparent = ""
+        if context.is_valid:
+            self.trace_id = format_trace_id(context.trace_id)
+            self.traceparent = f"00-{self.trace_id}-{format_span_id(context.span_id)}-{context.trace_flags:02x}"
+
+    def end(self, fields: dict[str, Any]) -> None:
+        """End the span, with these attributes."""
+        if self._span.is_recording():
+            self._span.set_attributes({f"chat.{name}": value for name, value in fields.items()})
+            if fields["outcome"] not in (OK, CANCELLED):
+                self._span.set_status(StatusCode.ERROR, fields["outcome"])
+        self._span.end()
 
 
 class RequestRecord:
@@ -231,19 +264,22 @@ class CallRecord:
     def __init__(self, record: RequestRecord, instance_id: int, route: RouteTrace | None) -> None:
         self._record, self._path = record, record.path
         self._tokens = TokenTimes(record)
-        self._trace = self._path.calling(instance_id, route) if self._path else None
+        if self._path is not None:
+            self._trace = CallTrace(instance=f"{instance_id:x}", called_us=self._path.now_us(), route=route)
+            self._path.trace.calls.append(self._trace)
 
     def received(self, chunk: ProcessorChunk | EngineChunk) -> None:
         if isinstance(chunk, EngineChunk):
             self._tokens.add(len(chunk.token_ids))
         else:
             self._record.add_text(chunk)
-        if self._path and self._trace:
-            self._path.received(self._trace, chunk)
+        if self._path is not None:
+            self._path.passed(self._trace)
+            self._trace.stage = chunk.path or self._trace.stage
 
     def broke(self) -> None:
-        if self._path and self._trace:
-            self._path.broke(self._trace)
+        if self._path is not None:
+            self._trace.last_us, self._trace.is_broken = self._path.now_us(), True
 
 
 class RequestRecords:
@@ -252,9 +288,26 @@ class RequestRecords:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._logger = logging.getLogger(metrics.component)
-        self._tracer = tracer_for(metrics.component)
+        self._tracer = _tracer_for(metrics.component)
 
     def begin(self, envelope: Envelope) -> RequestRecord:
-        is_first = self._metrics.component == "frontend"
-        span = RequestSpan(self._tracer, self._metrics.component, envelope.traceparent, is_first=is_first)
+        span = RequestSpan(self._tracer, self._metrics.component, envelope.traceparent)
         return RequestRecord(self._metrics, self._logger, span, envelope)
+
+
+def _tracer_for(component: str) -> Tracer:
+    """What makes the spans of one process: nothing, unless OTLP export is on."""
+    if not is_on("OTEL_EXPORT_ENABLED"):
+        return NoOpTracer()
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        logger.warning("no spans of our own: OTEL_EXPORT_ENABLED is set, and %s is not installed", error.name)
+        return NoOpTracer()
+    service = os.environ.get("OTEL_SERVICE_NAME") or f"chat-{component}"
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_TIMEOUT_S)))
+    return provider.get_tracer("dynamo-chat-pipeline")
