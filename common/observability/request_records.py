@@ -20,16 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-from opentelemetry.trace import (
-    NoOpTracer,
-    SpanContext,
-    SpanKind,
-    StatusCode,
-    TraceFlags,
-    Tracer,
-    format_span_id,
-    format_trace_id,
-)
+from opentelemetry import trace as otel
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from common.environment import is_on
@@ -88,23 +79,25 @@ class RequestSpan:
     has. traceparent: what came, "" where none did; then what the next process on the way is sent.
     """
 
-    def __init__(self, tracer: Tracer, component: str, traceparent: str) -> None:
+    def __init__(self, tracer: otel.Tracer, component: str, traceparent: str) -> None:
         parent = _PROPAGATOR.extract({"traceparent": traceparent} if traceparent else {})
-        self._span = tracer.start_span(component, context=parent, kind=SpanKind.SERVER)
+        self._span = tracer.start_span(component, context=parent, kind=otel.SpanKind.SERVER)
         context = self._span.get_span_context()
         if component == "frontend" and not context.is_valid:
-            context = SpanContext(random.getrandbits(128) or 1, random.getrandbits(64) or 1, False, TraceFlags(0))
+            context = otel.SpanContext(
+                random.getrandbits(128) or 1, random.getrandbits(64) or 1, False, otel.TraceFlags(0)
+            )
         self.trace_id = self.traceparent = ""
         if context.is_valid:
-            self.trace_id = format_trace_id(context.trace_id)
-            self.traceparent = f"00-{self.trace_id}-{format_span_id(context.span_id)}-{context.trace_flags:02x}"
+            self.trace_id = otel.format_trace_id(context.trace_id)
+            self.traceparent = f"00-{self.trace_id}-{otel.format_span_id(context.span_id)}-{context.trace_flags:02x}"
 
     def end(self, fields: dict[str, Any]) -> None:
         """End the span, with these attributes."""
         if self._span.is_recording():
             self._span.set_attributes({f"chat.{name}": value for name, value in fields.items()})
             if fields["outcome"] not in (OK, CANCELLED):
-                self._span.set_status(StatusCode.ERROR, fields["outcome"])
+                self._span.set_status(otel.StatusCode.ERROR, fields["outcome"])
         self._span.end()
 
 
@@ -295,10 +288,10 @@ class RequestRecords:
         return RequestRecord(self._metrics, self._logger, span, envelope)
 
 
-def _tracer_for(component: str) -> Tracer:
+def _tracer_for(component: str) -> otel.Tracer:
     """What makes the spans of one process: nothing, unless OTLP export is on."""
     if not is_on("OTEL_EXPORT_ENABLED"):
-        return NoOpTracer()
+        return otel.NoOpTracer()
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -306,7 +299,7 @@ def _tracer_for(component: str) -> Tracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         logger.warning("no spans of our own: OTEL_EXPORT_ENABLED is set, and %s is not installed", error.name)
-        return NoOpTracer()
+        return otel.NoOpTracer()
     service = os.environ.get("OTEL_SERVICE_NAME") or f"chat-{component}"
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_TIMEOUT_S)))
