@@ -86,34 +86,24 @@ def parse_frontend_args(argv: Sequence[str] | None = None) -> FrontendArgs:
     parser.add_argument("--host", default=default.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=default.port, help="port to listen on (default: %(default)s)")
     parser.add_argument(
-        "--share-port",
-        dest="is_port_shared",
-        action="store_true",
+        "--share-port", dest="is_port_shared", action="store_true",
         help="let several frontends with this flag listen on one port; the kernel spreads the connections",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="require this key; may be repeated"
     )
     parser.add_argument(
-        "--cors-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
         help="allow browsers on pages of this origin, such as https://example.com; may be repeated (default: none)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--allowed-hosts",
-        nargs="+",
-        default=[],
-        metavar="NAME",
+        "--allowed-hosts", nargs="+", default=[], metavar="NAME",
         help="answer requests to these host names, and to those of loopback, only (default: any; on loopback: none)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--no-page",
-        dest="is_page_served",
-        action="store_false",
+        "--no-page", dest="is_page_served", action="store_false",
         help="serve no page at /, and ignore the header x-show-path",
-    )
+    )  # fmt: skip
     number("max_body_bytes", "largest request body; NATS' max_payload is 1 MB by itself")
     number("max_concurrency", "requests in flight at once; more get 429")
     number("request_timeout_s", "seconds that one answer may take; then 504")
@@ -164,42 +154,31 @@ def parse_processor_args(argv: Sequence[str] | None = None) -> ProcessorArgs:
         "processor.py", "Serves inference/processor/process: tokenizes chats, calls an engine, detokenizes the answer."
     )
     parser.add_argument(
-        "--model",
-        required=True,
-        metavar="M",
+        "--model", required=True, metavar="M",
         help="whose tokenizer and chat template to use: a folder or a Hugging Face name; the engine's model",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--served-model-name",
-        nargs="+",
-        metavar="NAME",
+        "--served-model-name", nargs="+", metavar="NAME",
         help='the names that clients may send as "model" (default: the value of --model)',
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--engine-wait",
-        type=float,
-        default=30.0,
-        metavar="S",
+        "--engine-wait", type=float, default=30.0, metavar="S",
         help="how long a request waits for an engine to appear before it is answered with 503 (default: 30)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--parse-special-tokens",
-        action="store_true",
+        "--parse-special-tokens", action="store_true",
         help="read special tokens that clients write in messages, as other servers do; by default they are plain text",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--reasoning-parser",
-        choices=REASONING_PARSERS,
-        default="auto",
+        "--reasoning-parser", choices=REASONING_PARSERS, default="auto",
         help='how the model marks what it thinks before it answers: qwen3 begins with "<think>", deepseek-r1 is within '
         "it from the start, none has no such marks; auto tells from the chat template (default: auto)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--tool-call-parser",
-        metavar="NAME",
+        "--tool-call-parser", metavar="NAME",
         help="how the model writes calls of tools, by SGLang's name for it, such as llama3; for any but hermes "
         "SGLang is loaded, and PyTorch with it (default: hermes, where the chat template has that form)",
-    )
+    )  # fmt: skip
     args = parser.parse_args(argv)
     model_names = args.served_model_name or [args.model]
     parsing = Parsing(args.parse_special_tokens, args.reasoning_parser, args.tool_call_parser)
@@ -221,18 +200,13 @@ def parse_router_args(policies: Iterable[str], argv: Sequence[str] | None = None
         "router.py", "Serves inference/router/find_worker: tells processors which engine shall answer a prompt."
     )
     parser.add_argument(
-        "--policy",
-        choices=names,
-        default=names[0],
+        "--policy", choices=names, default=names[0],
         help="kv: the engine with the least to compute, what it has cached left out (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--temperature",
-        type=_positive(float),
-        default=0.0,
-        metavar="T",
+        "--temperature", type=_positive(float), default=0.0, metavar="T",
         help="choose at random, the more evenly the higher: at 1 the best engine is 2.7 times as likely as the worst "
         "(default: 0, always the best)",
-    )
+    )  # fmt: skip
     args = parser.parse_args(argv)
     return RouterArgs(args.policy, args.temperature)
