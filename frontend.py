@@ -16,8 +16,8 @@ from fastapi.responses import Response
 from common.arguments import FrontendArgs, parse_frontend_args
 from common.dynamo.directories import ProcessorClient
 from common.dynamo.failover import CallLimits, RequestContext
-from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.http.chat import Answer, AnswerStream, EventStream, context_of, read_chat_request
+from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
+from common.http.chat import Answer, AnswerStream, EventStream, read_chat_request
 from common.http.server import Pipeline, serve_http
 from common.openai.request import ChatCompletionRequest
 
@@ -32,7 +32,7 @@ class RequestHandler:
     async def chat_completions(self, http_request: Request) -> Response:
         request = await read_chat_request(http_request, self.args)
         await self.models.check(request.model)
-        context = context_of(http_request)
+        context = RequestContext(Context(), http_request.state.record)
         context.record.asks(request)
         if not request.stream:
             return await self._answer(request, context)

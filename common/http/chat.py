@@ -17,8 +17,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from common.arguments import FrontendArgs
-from common.dynamo.context import RequestContext
-from common.dynamo.runtime import Context
 from common.errors import (
     BadUpstream,
     InternalError,
@@ -76,11 +74,6 @@ async def read_chat_request(http_request: Request, args: FrontendArgs) -> ChatCo
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
     return parse_chat_request(parsed)
-
-
-def context_of(http_request: Request) -> RequestContext:
-    """For the calls that are made to answer the request."""
-    return RequestContext(Context(), http_request.state.record)
 
 
 class _Answer:

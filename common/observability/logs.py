@@ -54,25 +54,17 @@ def format_records() -> None:
     """Set the formats of Python's log records, where Dynamo has just set its own."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(OneLineFormatter())
-    if not is_on("DYN_SKIP_SGLANG_LOG_FORMATTING") and (config := os.environ.get("SGLANG_LOGGING_CONFIG_PATH")):
-        _format_sglang_records(Path(config))
+    if not is_on("DYN_SKIP_SGLANG_LOG_FORMATTING") and (path := os.environ.get("SGLANG_LOGGING_CONFIG_PATH")):
+        # Dynamo's file of settings for SGLang, which all of its processes read.
+        config = json.loads(Path(path).read_text())
+        config["formatters"]["simple"] = {"()": f"{__name__}.{OneLineFormatter.__name__}"}
+        Path(path).write_text(json.dumps(config))
     if is_on("DYN_LOGGING_JSONL"):
-        _log_json_lines()
-
-
-def _format_sglang_records(config_file: Path) -> None:
-    """The same in Dynamo's file of settings for SGLang, which all of its processes read."""
-    config = json.loads(config_file.read_text())
-    config["formatters"]["simple"] = {"()": f"{__name__}.{OneLineFormatter.__name__}"}
-    config_file.write_text(json.dumps(config))
-
-
-def _log_json_lines() -> None:
-    logging.captureWarnings(True)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
-    handler.setLevel(_level())
-    logging.getLogger().handlers = [handler]
+        logging.captureWarnings(True)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(JsonFormatter())
+        handler.setLevel(_level())
+        logging.getLogger().handlers = [handler]
 
 
 def _level() -> int:

@@ -174,6 +174,7 @@ class RequestRecord:
         """Note the first token of a stream; later ones may call this, too."""
         if self.is_streamed and self.time_to_first_token_s is None:
             self.time_to_first_token_s = time.monotonic() - self._started_s
+            self._details["time_to_first_token_s"] = round(self.time_to_first_token_s, 6)
             self.metrics.time_to_first_token.observe(self.time_to_first_token_s)
 
     def waited(self, queue_time_s: float) -> None:
@@ -227,8 +228,6 @@ class RequestRecord:
             "duration_s": round(duration_s, 6),
             **self._details,
         }
-        if self.time_to_first_token_s is not None:
-            fields["time_to_first_token_s"] = round(self.time_to_first_token_s, 6)
         return {name: value for name, value in fields.items() if value != ""}
 
 
