@@ -120,7 +120,7 @@ class RequestRecord:
         self.path = RequestPath() if envelope.show_path else None
         self.outcome = CANCELLED  # until something else is known
         self._num_choices = 1
-        self._tokens = TokenTimes(self)
+        self._last_tokens_s: float | None = None
         self._started_s = time.monotonic()
         self._details: dict[str, Any] = {}
 
@@ -148,7 +148,7 @@ class RequestRecord:
             self.finish()
             return
         if isinstance(chunk, EngineChunk):
-            self._tokens.add(len(chunk.token_ids))
+            self._last_tokens_s = self.add_tokens(len(chunk.token_ids), self._last_tokens_s)
             if chunk.cached_tokens:
                 self.metrics.cached_prompt_tokens.inc(chunk.cached_tokens)
         if chunk.finish_reason is not None and (isinstance(chunk, EngineChunk) or chunk.usage is not None):
@@ -169,6 +169,17 @@ class RequestRecord:
         if self.time_to_first_token_s is not None and num_later_tokens > 0:
             generating_s = time.monotonic() - self._started_s - self.time_to_first_token_s
             self.metrics.time_per_output_token.observe(generating_s / num_later_tokens)
+
+    def add_tokens(self, num_tokens: int, last_s: float | None) -> float | None:
+        """Note tokens of a sequence that have just come, and how long after its last ones; returns when they came."""
+        self.num_completion_tokens += num_tokens
+        if not self.is_streamed or not num_tokens:
+            return last_s
+        self.first_token()
+        now_s = time.monotonic()
+        if last_s is not None:
+            self.metrics.inter_token_latency.observe((now_s - last_s) / num_tokens)
+        return now_s
 
     def first_token(self) -> None:
         """Note the first token of a stream; later ones may call this, too."""
@@ -231,38 +242,19 @@ class RequestRecord:
         return {name: value for name, value in fields.items() if value != ""}
 
 
-class TokenTimes:
-    """How fast the tokens of one sequence come."""
-
-    def __init__(self, record: RequestRecord) -> None:
-        self._record = record
-        self._last_s: float | None = None
-
-    def add(self, num_tokens: int) -> None:
-        """Note the tokens of a chunk that has just come."""
-        self._record.num_completion_tokens += num_tokens
-        if not self._record.is_streamed or not num_tokens:
-            return
-        self._record.first_token()
-        now_s = time.monotonic()
-        if self._last_s is not None:
-            self._record.metrics.inter_token_latency.observe((now_s - self._last_s) / num_tokens)
-        self._last_s = now_s
-
-
 class CallRecord:
     """What a caller notes about one call of an instance."""
 
     def __init__(self, record: RequestRecord, instance_id: int, route: RouteTrace | None) -> None:
         self._record, self._path = record, record.path
-        self._tokens = TokenTimes(record)
+        self._last_tokens_s: float | None = None
         if self._path is not None:
             self._trace = CallTrace(instance=f"{instance_id:x}", called_us=self._path.now_us(), route=route)
             self._path.trace.calls.append(self._trace)
 
     def received(self, chunk: ProcessorChunk | EngineChunk) -> None:
         if isinstance(chunk, EngineChunk):
-            self._tokens.add(len(chunk.token_ids))
+            self._last_tokens_s = self._record.add_tokens(len(chunk.token_ids), self._last_tokens_s)
         else:
             self._record.add_text(chunk)
         if self._path is not None:
