@@ -264,17 +264,14 @@ class EventStream(EventSourceResponse):
                     sent_at = loop.time()
                     await send(_part(event))
         except Exception as error:
-            await send(_part(self._error_event(error)))
+            if not isinstance(error, PipelineError):
+                logger.exception("streaming an answer failed")
+                error = InternalError()
+            self._record.outcome = error.outcome
+            await send(_part(sse(error.to_wire())))
         finally:
             pinging.cancel()
         await send({"type": "http.response.body"})
-
-    def _error_event(self, error: Exception) -> bytes:
-        if not isinstance(error, PipelineError):
-            logger.exception("streaming an answer failed")
-            error = InternalError()
-        self._record.outcome = error.outcome
-        return sse(error.to_wire())
 
 
 def sse(event: Any) -> bytes:

@@ -56,24 +56,17 @@ class Ready(JsonObject, kw_only=True):
 
 
 _REQUEST_ID: Schema = {
-    "name": "x-request-id",
-    "in": "header",
+    "name": "x-request-id", "in": "header", "schema": STRING,
     "description": "Up to 128 letters, digits and ._:/+=@- ; anything else is replaced.",
-    "schema": STRING,
-}
+}  # fmt: skip
 _SHOW_PATH: Schema = {
-    "name": "x-show-path",
-    "in": "header",
+    "name": "x-show-path", "in": "header", "schema": STRING,
     "description": "1: tell in `path` which way the request went, in the answer or in the last chunk of a stream.",
-    "schema": STRING,
-}
+}  # fmt: skip
 _MODEL: Schema = {
-    "name": "model",
-    "in": "path",
-    "required": True,
+    "name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1},
     "description": "As GET /v1/models lists it; slashes may be written as they are.",
-    "schema": {"type": "string", "minLength": 1},
-}
+}  # fmt: skip
 
 
 def _ref(name: str) -> Schema:

@@ -84,9 +84,7 @@ class RequestSpan:
         self._span = tracer.start_span(component, context=parent, kind=otel.SpanKind.SERVER)
         context = self._span.get_span_context()
         if component == "frontend" and not context.is_valid:
-            context = otel.SpanContext(
-                random.getrandbits(128) or 1, random.getrandbits(64) or 1, False, otel.TraceFlags(0)
-            )
+            context = otel.SpanContext(random.getrandbits(128) or 1, random.getrandbits(64) or 1, is_remote=False)
         self.trace_id = self.traceparent = ""
         if context.is_valid:
             self.trace_id = otel.format_trace_id(context.trace_id)
