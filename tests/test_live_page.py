@@ -107,7 +107,7 @@ class TestAPath:
         last = read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
         record.calling(255).received(last)
         assert record.path is not None
-        first, second = record.path.to_json()["calls"]
+        first, second = to_wire(record.path.trace)["calls"]
         assert (first["instance"], first["is_broken"]) == ("8000000000000000", True)
         assert (second["instance"], second["stage"]) == ("ff", {"first_us": 1, "last_us": 2})
         assert 0 <= first["called_us"] <= first["last_us"] <= second["called_us"] <= second["first_us"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -42,7 +43,7 @@ from common.openai.responses import (
     Message,
     Path,
 )
-from common.wire import LogprobEntry, ProcessorChunk, ToolCallDelta, Usage
+from common.wire import LogprobEntry, ProcessorChunk, ToolCallDelta, Usage, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,11 @@ class _Answer:
 
     @property
     def path(self) -> Path | UnsetType:
-        return UNSET if self.record.path is None else Path(**self.record.path.to_json())
+        """For those who asked for it. `pid`: a frontend is in no registry, and has no id."""
+        if self.record.path is None:
+            return UNSET
+        self.record.path.answering()
+        return Path(pid=os.getpid(), **to_wire(self.record.path.trace))
 
 
 class Answer(_Answer):

@@ -19,7 +19,6 @@ import time
 from types import TracebackType
 from typing import Any
 
-import msgspec
 from opentelemetry import trace as otel
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -65,11 +64,6 @@ class RequestPath:
 
     def answering(self) -> None:
         self.passed(self.trace)
-
-    def to_json(self) -> dict[str, Any]:
-        """The whole path, as a frontend tells it to its client. `pid`: a frontend is in no registry, and has no id."""
-        self.answering()
-        return {"pid": os.getpid(), **msgspec.to_builtins(self.trace)}
 
 
 class RequestSpan:
