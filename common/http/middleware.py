@@ -75,7 +75,8 @@ class RequestId:
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
-        with (self._recorded if _is_chat(scope) else self._logged)(request_id, scope):
+        noted = self._recorded if _is_chat(scope) else self._logged
+        with noted(request_id, scope):
             await self._app(scope, receive, send_with_id)
 
     @contextmanager
@@ -140,7 +141,8 @@ class Gate:
         try:
             self._check_host(scope)
             self._check_key(scope)
-            await (self._chat if _is_chat(scope) else self._app)(scope, receive, send_and_note)
+            answer = self._chat if _is_chat(scope) else self._app
+            await answer(scope, receive, send_and_note)
         except Exception as error:
             if is_started:
                 raise  # the server logs it, and breaks the connection off
