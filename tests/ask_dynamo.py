@@ -4,7 +4,6 @@ Each question gets a process of its own: 0.5 opens one runtime a process, and Ru
 """
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -248,7 +247,9 @@ asyncio.run(read())
 
 
 async def stalled(infra: Infra) -> dict[str, Any]:
-    """How long does the worst of 64 streams pause while the reader of another one, which gets a lot, stands still?"""
+    """How long does the worst of 64 streams pause while the reader of another one, which gets a lot, stands still? And
+    how long before that, on this machine?
+    """
     from common.dynamo import releases
     from common.dynamo.connection import Connection
     from common.dynamo.service import Serving
@@ -268,31 +269,37 @@ async def stalled(infra: Infra) -> dict[str, Any]:
     client = await releases.open_client(endpoint)
     await until(client.instance_ids)
 
-    async def longest_pause_s(context: Any) -> float:
-        arrivals = []
+    pauses_s: list[tuple[float, float]] = []  # when it ended, how long it was
+
+    async def note_pauses(context: Any) -> None:
+        arrived = None
         request = {"size": 1, "pause_s": 0.03}
         async for _ in await client.direct(request, client.instance_ids()[0], context=context):
-            arrivals.append(time.monotonic())
-        return max(later - earlier for earlier, later in itertools.pairwise(arrivals))
+            before, arrived = arrived, time.monotonic()
+            if before is not None:
+                pauses_s.append((arrived, arrived - before))
 
     contexts = [releases.Context() for _ in range(64)]
-    others = [asyncio.create_task(longest_pause_s(context)) for context in contexts]
+    others = [asyncio.create_task(note_pauses(context)) for context in contexts]
     reader = await asyncio.create_subprocess_exec(sys.executable, "-c", STALLED_READER, stdout=asyncio.subprocess.PIPE)
     assert reader.stdout is not None
     assert await reader.stdout.readline() == b"reading\n"
     reader.send_signal(signal.SIGSTOP)
+    stopped_at = time.monotonic()
     before = -1
     while before != num_items:  # until nothing more of it is taken
         before = num_items
         await asyncio.sleep(1)
     for context in contexts:
         context.stop_generating()
-    pauses_s = await asyncio.gather(*others)
+    await asyncio.gather(*others)
     reader.kill()
     await reader.wait()
     runtime.shutdown()
     await served
-    return {"num_items": num_items, "longest_pause_s": max(pauses_s)}
+    usual_s = max(pause_s for ended, pause_s in pauses_s if ended < stopped_at)
+    stalled_s = max(pause_s for ended, pause_s in pauses_s if ended >= stopped_at)
+    return {"num_items": num_items, "usual_s": usual_s, "stalled_s": stalled_s}
 
 
 async def main(question: Callable[[Infra], Awaitable[dict[str, Any]]]) -> None:

@@ -23,7 +23,7 @@ def call_endpoint(
     """One request after the other, in a process of its own; what came back of each."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.call_endpoint", component, endpoint],
-        input="\n".join(map(json.dumps, requests)), cwd=ROOT, capture_output=True, text=True, timeout=120,
+        input="\n".join(map(json.dumps, requests)), cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, **pipeline.env, "DYN_LOG": "error"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -191,7 +191,7 @@ def begun(
 def pipeline(begun: dict[str, Any]) -> Pipeline:
     """The three real scripts with the real model."""
     scripts: Pipeline = begun["pipeline"]
-    scripts.wait_ready(240)
+    scripts.wait_ready(480)
     return scripts
 
 
@@ -213,5 +213,5 @@ def launched(launch: Launch) -> Iterator[Launch]:
 
 @pytest.fixture
 def client(pipeline: Pipeline) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=pipeline.url, timeout=120) as client:
+    with httpx.Client(base_url=pipeline.url, timeout=300) as client:
         yield client

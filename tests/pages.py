@@ -81,7 +81,7 @@ def assert_shows(shown: str, real: str, *, is_sampled: bool = False) -> None:
         assert line == "..." or line in lines, f"{line!r} is not in, or not in this order:\n{real}"
 
 
-def sh(command: str, pipeline: Pipeline, *, timeout_s: float = 120, **environ: str) -> str:
+def sh(command: str, pipeline: Pipeline, *, timeout_s: float = 300, **environ: str) -> str:
     """Run as a reader would, in an activated environment, with the pipeline's ports for the usual ones."""
     command = command.replace("localhost:8080", f"localhost:{pipeline.http_port}")
     command = command.replace("127.0.0.1:8222", environ.get("MONITORING", "127.0.0.1:8222"))
@@ -114,7 +114,7 @@ class Launch:
                 command, cwd=ROOT, env=self.environ, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def wait_for(self, text: str, timeout_s: float = 280) -> None:
+    def wait_for(self, text: str, timeout_s: float = 480) -> None:
         def is_said() -> bool:
             assert self.popen.poll() is None, self.output.read_text()
             return text in self.output.read_text()
@@ -125,7 +125,7 @@ class Launch:
         """Run what a reader types elsewhere, on this launch's ports and folder."""
         command = command.replace(".data/", f"{self.folder}/").replace("8080", self.environ["HTTP_PORT"])
         done = subprocess.run(
-            ["bash", "-c", f"set -e\n{command}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            ["bash", "-c", f"set -e\n{command}"], cwd=ROOT, capture_output=True, text=True, timeout=300,
             env=self.environ | {"ETCDCTL_ENDPOINTS": f"127.0.0.1:{self.environ['ETCD_PORT']}"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

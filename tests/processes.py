@@ -54,6 +54,13 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> fl
     return time.monotonic() - started
 
 
+def cpu_s(action: Callable[[], object]) -> float:
+    """The CPU time that it takes: to be compared with that of something like it, as machines are not equally fast."""
+    started = time.process_time()
+    action()
+    return time.process_time() - started
+
+
 def accepts(port: int, address: str = LOOPBACK) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
         return True
@@ -117,7 +124,7 @@ class Process:
         if self.popen is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
-            self.popen.wait(10)
+            self.popen.wait(30)
 
     def stop(self) -> None:
         if self.is_alive:
@@ -172,7 +179,7 @@ class Infra:
         self.nats.start()
         self.etcd.start()
         ports = (self.nats_port, self.etcd_port)
-        wait_until(lambda: all(accepts(port, self.address) for port in ports), 20, "nats and etcd")
+        wait_until(lambda: all(accepts(port, self.address) for port in ports), 60, "nats and etcd")
         return self
 
     def stop(self) -> None:
@@ -189,7 +196,7 @@ class Infra:
     def etcdctl(self, *args: str) -> str:
         command = [str(BIN / "etcdctl"), "--endpoints", f"{self.address}:{self.etcd_port}", *args]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True, env={**os.environ, "ETCDCTL_API": "3"}
+            command, capture_output=True, text=True, timeout=60, check=True, env={**os.environ, "ETCDCTL_API": "3"}
         )
         return done.stdout
 

@@ -294,10 +294,11 @@ def cache_events() -> dict[str, Any]:
 
     async def hear_all(batches: list[tuple[int, bytes]]) -> dict[str, Any]:
         """What is known in the end, and whether those who listened have been sent away."""
-        events, at_end = CacheEvents("ipc:///nowhere"), Told()
+        events, at_end, all_heard = CacheEvents("ipc:///nowhere"), Told(), asyncio.Event()
 
         async def recv_multipart() -> tuple[bytes, bytes, bytes]:
             if not batches:
+                all_heard.set()
                 await asyncio.sleep(60)
             number, payload = batches.pop(0)
             return b"", number.to_bytes(8), payload
@@ -306,14 +307,12 @@ def cache_events() -> dict[str, Any]:
         async with contextlib.aclosing(events.cached.events({}, Context())) as stream:
             await anext(stream)
             following = asyncio.create_task(events.follow())
-            while batches:
-                await asyncio.sleep(0)
-            await asyncio.sleep(0.01)
+            await all_heard.wait()
             following.cancel()
             for message in events.cached._snapshot():
                 at_end.tell(7, message)
             try:
-                async with asyncio.timeout(0.1):
+                async with asyncio.timeout(1):
                     async for _ in stream:
                         pass
                 is_over = True
@@ -325,7 +324,7 @@ def cache_events() -> dict[str, Any]:
     elsewhere = '{"publisher": "zmq", "endpoint": "tcp://127.0.0.1:5557"}'
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder
-        found = uvloop.run(asyncio.wait_for(listen(kv_events_config()), 60))
+        found = uvloop.run(asyncio.wait_for(listen(kv_events_config()), 240))
         tempfile.tempdir = None
     return found | {
         "served_elsewhere": cache_events_of(elsewhere) is not None,

@@ -18,16 +18,19 @@ ERRORS = {
     "small": Exception("nats: payload is too large"),
     "wrong": Exception("BackendUnknown: ValueError: no such token"),
 }
-ANSWERS_AFTER_S = {"slow": 0.03, "late": 0.2, "silent": 60}
+ANSWERS_AFTER_S = {"slow": 0.03, "silent": 60}
 
 
 class Routers:
-    """A client of some routers: one that is gone is listed still, one that is silent takes questions."""
+    """A client of some routers: one that is gone is listed still, one that is silent takes questions, and one that is
+    late answers when `may_answer` is set.
+    """
 
     def __init__(self, **kinds: str) -> None:
         self.kinds = {int(name.removeprefix("r")): kind for name, kind in kinds.items()}
         self.asked: list[int] = []
         self.contexts: list[Context] = []
+        self.may_answer = asyncio.Event()
 
     async def instance_ids(self) -> list[int]:
         return list(self.kinds)
@@ -44,7 +47,7 @@ class Routers:
         return self._answer(self.kinds[router_id])
 
     async def _answer(self, kind: str) -> AsyncGenerator[Any, None]:
-        await asyncio.sleep(ANSWERS_AFTER_S.get(kind, 0))
+        await (self.may_answer.wait() if kind == "late" else asyncio.sleep(ANSWERS_AFTER_S.get(kind, 0)))
         size = {"hashing": {"hashed_block_size": 16}, "otherwise": {"hashed_block_size": 64}}.get(kind, {})
         yield {"worker_id": {"lost": 5, "garbage": None}.get(kind, 8), "num_cached_tokens": 32, **size}
 
@@ -59,6 +62,12 @@ async def chosen_by(ask: AskRouter, context: RequestContext | None = None) -> Ch
 
 def attempt(ask: AskRouter, context: RequestContext) -> AbstractAsyncContextManager[Chosen]:
     return ask({"token_ids": [1, 2], "sampling_options": {"seed": 1}, "request_id": "req-1"}, [7, 8, 9], context)
+
+
+async def some_turns() -> None:
+    """Of the event loop: as many as what is due anyway takes."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 def ask_of(routers: Routers) -> AskRouter:
@@ -121,7 +130,8 @@ def test_a_router_that_answered_too_late_is_asked_again_at_once() -> None:
     async def ask_twice(routers: Routers) -> int:
         ask, context = ask_of(routers), request_context()
         await chosen_by(ask, context)
-        await asyncio.sleep(ANSWERS_AFTER_S["late"])
+        routers.may_answer.set()
+        await some_turns()
         routers.kinds[1] = "good"
         return (await chosen_by(ask, context)).instance_id
 
@@ -148,12 +158,12 @@ def test_a_router_that_fails_rests_and_is_asked_again(kind: str) -> None:
 def test_many_at_once_wait_for_a_slow_router_no_longer_than_the_deadline() -> None:
     async def ask_all(routers: Routers) -> tuple[float, set[int]]:
         ask, context, started_s = ask_of(routers), request_context(), time.monotonic()
-        chosen = await asyncio.gather(*(chosen_by(ask, context) for _ in range(256)))
+        chosen = await asyncio.gather(*(chosen_by(ask, context) for _ in range(1024)))
         return time.monotonic() - started_s, {each.instance_id for each in chosen}
 
     routers = Routers(r1="slow")
     waited_s, instance_ids = asyncio.run(ask_all(routers))
-    assert waited_s < ASKING_TIMEOUT_S + 0.4  # 256 answers would take 1 s
+    assert waited_s < ASKING_TIMEOUT_S + 1.5  # 1,024 answers would take 3.8 s
     assert instance_ids == {7, 8, 9}
     assert len(routers.asked) > 2 * MAX_QUESTIONS
 
@@ -174,8 +184,9 @@ def test_a_router_that_hangs_makes_those_who_wait_take_turns_soon() -> None:
 def test_what_is_not_followed_is_not_booked_while_the_attempt_goes_on(kind: str) -> None:
     async def ask(routers: Routers) -> bool:
         async with attempt(ask_of(routers), request_context()):
-            await asyncio.sleep(0.01)
+            await some_turns()
             assert routers.num_open() == (kind == "late")  # a stop before the answer would be lost
+            routers.may_answer.set()
             async with asyncio.timeout(5):
                 while routers.num_open():
                     await asyncio.sleep(0.01)
@@ -189,7 +200,7 @@ def test_what_is_not_followed_is_not_booked_while_the_attempt_goes_on(kind: str)
 def test_of_two_routers_only_the_one_that_is_followed_has_it_booked() -> None:
     async def ask(routers: Routers) -> list[bool]:
         async with attempt(ask_of(routers), request_context()):
-            await asyncio.sleep(0.01)
+            await some_turns()
             return [context.is_stopped() for context in routers.contexts]
 
     assert asyncio.run(ask(Routers(r1="gone", r2="good"))) == [True, False]
@@ -243,4 +254,4 @@ def test_a_silent_router_is_waited_for_no_longer_than_the_deadline() -> None:
             await within_loop_time(asyncio.ensure_future(asyncio.sleep(60)))
         return time.monotonic() - started_s
 
-    assert asyncio.run(ask()) < 1
+    assert asyncio.run(ask()) < 5  # a look that took the machine too long does not count

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.process
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, "-m", "bench", "client", "--concurrency", "4", "--max-tokens", "32", "--rounds", "1"]
-    subprocess.run([*command, "--out", str(folder)], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([*command, "--out", str(folder)], cwd=ROOT, check=True, timeout=300)
     return folder
 
 
@@ -161,7 +161,7 @@ def test_a_fake_engines_stream_has_an_end_however_slow_its_reader_is(tmp_path: P
             await asyncio.sleep(0.3)  # longer than all its steps take
         return items
 
-    first, *others = asyncio.run(asyncio.wait_for(read_slowly(), 10))
+    first, *others = asyncio.run(asyncio.wait_for(read_slowly(), 30))
     assert first["meta_info"]["finish_reason"] is None
     assert [each["meta_info"]["finish_reason"] for each in others] == [{"type": "length", "length": 400}]
     assert len(others[-1]["output_ids"]) == 400

@@ -230,7 +230,7 @@ def test_a_schema_bomb_is_refused_soon(fake_client: httpx.Client, schema: str, w
     body = CHAT | {"response_format": {"type": "json_schema", "json_schema": json_schema}}
     started = time.perf_counter()
     error = error_of(fake_client.post("/v1/chat/completions", json=body), 400)
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 2
     assert error["param"] == "response_format.json_schema.schema"
     assert words in error["message"]
 

@@ -205,7 +205,7 @@ def test_a_processor_makes_the_same_ids_without_pytorch(tokenizer: ChatTokenizer
     made = [folder_of(backend, tmp_path / name) for name, backend in TOKENIZERS.items()]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, json.dumps([[MODEL, *made], TEXTS])],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout)
     for model, ids in told["ids"].items():

@@ -22,7 +22,7 @@ from tests.checkout import copy_checkout, use_fake_engine
 from tests.processes import ROOT, free_port, wait_until
 
 COMPONENTS = ("engine", "processor", "frontend")
-MAX_DELAY_S = 30.0
+MAX_DELAY_S = 60.0
 """From a save to what it changes, over HTTP. On an idle machine it is less than 3 s."""
 
 SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in (*COMPONENTS, "router")}
@@ -85,7 +85,7 @@ def test_what_is_not_python_is_named_and_keeps_its_files(tree: Path, text: str, 
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -176,7 +176,7 @@ class TestRestartOnSave:
         (tree / "second.py").write_text("import added\n" + (tree / "second.py").read_text())
         await until(lambda: pids()["second"] != before["second"])
         before = pids()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while pids()["second"] == before["second"]:  # nothing tells when the new folder is watched
                 (tree / "added/__init__.py").write_text("ADDED = 1\n")
                 await asyncio.sleep(0.5)
@@ -194,11 +194,11 @@ def launched(tmp_path: Path, embedded_model: str) -> Iterator[tuple[Path, str]]:
         command = [sys.executable, "-m", "launch.dev"]
         dev = subprocess.Popen(command, cwd=checkout, env=os.environ | ports | cleared, stdout=output, stderr=output)
     try:
-        wait_until(lambda: "What happens meanwhile" in (checkout / "output").read_text(), 60, "make dev")
+        wait_until(lambda: "What happens meanwhile" in (checkout / "output").read_text(), 240, "make dev")
         yield checkout, f"http://127.0.0.1:{ports['HTTP_PORT']}"
     finally:
         dev.send_signal(signal.SIGINT)
-        dev.wait(30)
+        dev.wait(100)
 
 
 def edit(file: Path, old: str, new: str) -> float:
@@ -231,16 +231,16 @@ def test_the_real_frontend_and_processor_serve_what_was_saved(launched: tuple[Pa
     wait_for("the new frontend", "/", "<!-- saved -->", saved_at)
     saved_at = edit(checkout / "processor.py", "(args.model_names,", '([*args.model_names, "saved"],')
     wait_for("the new processor", "/v1/models", '"saved"', saved_at)
-    wait_until(lambda: all(process(name).pid != before[name] for name in ("processor", "frontend")), 10, "the new pids")
+    wait_until(lambda: all(process(name).pid != before[name] for name in ("processor", "frontend")), 60, "the new pids")
     after = {name: process(name).pid for name in COMPONENTS}
     assert after["engine"] == before["engine"]
 
     edit(checkout / "common/text/choice.py", "import math", "import math(")
     said = "dev: processor keeps running, not restarted: common/text/choice.py, line 5: invalid syntax: import math("
-    wait_until(lambda: said in (checkout / "output").read_text(), 30, "the error")
+    wait_until(lambda: said in (checkout / "output").read_text(), 60, "the error")
     edit(checkout / "common/text/choice.py", "import math(", "import math\nmeth.pi")
     said = "supervisor: its last line: NameError: name 'meth' is not defined"
-    wait_until(lambda: said in (checkout / "output").read_text(), 30, "the other error")
+    wait_until(lambda: said in (checkout / "output").read_text(), 60, "the other error")
     saved_at = edit(checkout / "common/text/choice.py", "\nmeth.pi", "")
     wait_for("the mended processor", "/v1/models", '"saved"', saved_at)
     body = {"model": "saved", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 5}

@@ -12,7 +12,7 @@ from common.wire import EngineDescription, to_wire
 
 DESCRIPTION = EngineDescription("a model", context_length=100, vocab_size=10)
 PLAIN = ValueError("a python exception was caught while processing: KeyError: 'token_ids'")
-PATIENCE_S = 5
+PATIENCE_S = 30
 
 
 class Instance:

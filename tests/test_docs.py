@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,7 +214,7 @@ uvloop.run(worker())
 
 def ask(pipeline: Pipeline, model: str, **fields: object) -> httpx.Response:
     body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], **fields}
-    return httpx.post(f"{pipeline.url}/v1/chat/completions", json=body, timeout=60)
+    return httpx.post(f"{pipeline.url}/v1/chat/completions", json=body, timeout=300)
 
 
 class Bench:
@@ -258,6 +257,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory, embedded_model: str) -> Iter
         bench.stop()
 
 
+def num_watches(infra: Infra) -> int:
+    """Those that etcd has. One says nothing when it begins."""
+    text = httpx.get(f"http://127.0.0.1:{infra.etcd_port}/metrics").text
+    return int(text.split("\netcd_debugging_mvcc_watcher_total ")[1].splitlines()[0])
+
+
 @pytest.mark.process
 class TestWithoutTheModel:
     def test_the_wire_examples_are_what_the_processor_sends(self, bench: Bench) -> None:
@@ -290,10 +295,11 @@ class TestWithoutTheModel:
         watched = tmp_path / "watched"
         command = ["bash", "-c", f"exec {block(EXPERIMENTS, 'etcdctl watch').command}"]
         wait_until(lambda: len(bench.infra.instance_keys()) == 1, 30, "the processor alone")
+        before = num_watches(bench.infra)
         with watched.open("w") as file:
             watch = subprocess.Popen(command, stdout=file, env={**os.environ, **in_environment(bench.infra)})
         try:
-            time.sleep(1)  # the watch says nothing when it begins
+            wait_until(lambda: num_watches(bench.infra) > before, 30, "etcd to know of the watch")
             bench.processor.kill()
             bench.processor.start()
             wait_until(lambda: {"PUT", "DELETE"} <= set(watched.read_text().splitlines()), 30, "both events")
@@ -435,7 +441,7 @@ class TestMakeRun:
 
     def test_a_killed_processor_comes_back(self, launch: Launch) -> None:
         launch.other_terminal(block(EXPERIMENTS, "kill -9 $(cat .data/run/processor.pid)").command)
-        launch.wait_for("supervisor: processor started", 20)
+        launch.wait_for("supervisor: processor started", 60)
 
     def test_a_restart_takes_one_command(self, launch: Launch) -> None:
         said = launch.other_terminal(block(README, "make restart-processor").command)
@@ -446,5 +452,5 @@ class TestMakeRun:
         shown = [each.text for each in blocks(README) if each.text.startswith("supervisor: engine died")]
         status = launch.other_terminal(killing.command)
         assert [line.split()[1] for line in status.splitlines()] == ["RUNNING"] * 5
-        launch.wait_for("supervisor: engine started", 20)
+        launch.wait_for("supervisor: engine started", 60)
         assert_shows(shown[0], launch.output.read_text())

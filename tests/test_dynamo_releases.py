@@ -25,7 +25,7 @@ def ask(question: str, **variables: str) -> tuple[dict[str, Any], str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DYN_")}
     done = subprocess.run(
         [sys.executable, "-m", "tests.ask_dynamo", question],
-        cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -78,13 +78,15 @@ def test_a_stream_whose_worker_is_killed_is_broken_and_not_unanswered() -> None:
 
 
 def test_a_reader_that_stands_still_holds_up_no_other_stream() -> None:
-    def longest_pause_s() -> float:
-        found = ask("stalled")[0]
-        assert found["num_items"] > 100
-        pause_s: float = found["longest_pause_s"]
-        return pause_s
+    """A stream pauses for 0.04 to 0.06 s on an idle machine, and a busy one makes longer pauses of its own."""
 
-    assert any(longest_pause_s() < 0.2 for _ in range(3))  # 0.04 to 0.06 on an idle machine; a busy one pauses itself
+    def are_held_up() -> bool:
+        found = ask("stalled")[0]
+        print(found)
+        assert found["num_items"] > 100
+        return bool(found["stalled_s"] > 0.2 + 2 * found["usual_s"])
+
+    assert not all(are_held_up() for _ in range(3))
 
 
 def test_an_endpoint_is_opened_at_once_while_streams_are_read() -> None:
@@ -92,23 +94,22 @@ def test_an_endpoint_is_opened_at_once_while_streams_are_read() -> None:
 
 
 def test_a_stopped_engine_finishes_its_answer_and_gets_no_new_request(own_scripts: Pipeline) -> None:
-    engine = own_scripts.fake_engine("--token-interval-ms", "50")
-    own_scripts.wait_ready()
+    engines = [own_scripts.fake_engine("--token-interval-ms", "50") for _ in range(2)]
+    own_scripts.wait_ready(engines=2)
     with ThreadPoolExecutor(1) as thread:
         answer = thread.submit(chat, own_scripts, max_tokens=100)
-        wait_until(lambda: "running 1" in engine.log, 20, "a request in work")
+        wait_until(lambda: any("running 1" in each.log for each in engines), 20, "a request in work")
+        engine = next(each for each in engines if "running 1" in each.log)
         engine.running.send_signal(signal.SIGTERM)
-        wait_until(lambda: "stopping" in engine.log, 5, "the stop")
+        wait_until(lambda: "stopping" in engine.log, 20, "the stop")
         time.sleep(1)  # the answer takes five
-        is_registered = any("engine" in key for key in own_scripts.infra.instance_keys())
+        num_registered = sum("engine" in key for key in own_scripts.infra.instance_keys())
         assert engine.is_alive
-        other = own_scripts.fake_engine()
-        wait_until(lambda: "serving" in other.log, 20, "another engine")
-        assert chat(own_scripts).status_code == 200
+        assert chat(own_scripts, max_tokens=1).status_code == 200
         assert not answer.done()
         assert engine.log.count("running 1") == 1
         assert answer.result().json()["usage"]["completion_tokens"] == 100
-    assert is_registered is IS_0_5
+    assert num_registered == 1 + IS_0_5
     assert engine.running.wait(20) == 0
     assert sum("engine" in key for key in own_scripts.infra.instance_keys()) == 1
 

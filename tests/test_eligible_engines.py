@@ -93,7 +93,7 @@ def test_the_smallest_context_of_the_engines_is_the_limit(scripts: Pipeline) -> 
     start(scripts)
     assert chat(scripts, max_tokens=200).status_code == 200
     small = start(scripts, "--context-length", "100", engines=2)
-    wait_until(lambda: chat(scripts, max_tokens=200).status_code == 400, 5, "the smaller engine to count")
+    wait_until(lambda: chat(scripts, max_tokens=200).status_code == 400, 20, "the smaller engine to count")
     error = chat(scripts, max_tokens=200).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "maximum context length is 100 tokens" in error["message"]

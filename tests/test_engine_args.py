@@ -148,7 +148,7 @@ def test_processes_meet_in_a_file_that_no_folder_has(
         for command in commands
     ]
     try:
-        assert [process.communicate(timeout=60)[0] for process in processes] == ["21\n", "21\n"]
+        assert [process.communicate(timeout=300)[0] for process in processes] == ["21\n", "21\n"]
     finally:
         for process in processes:
             process.kill()

@@ -247,7 +247,7 @@ def test_a_router_that_comes_late_knows_what_the_engine_has_cached(watched: Pipe
             (engine_call,) = answer["path"]["calls"][0]["stage"]["calls"]
             return int(engine_call.get("route", {}).get("num_cached_tokens", 0))
 
-        wait_until(lambda: num_cached() == num_tokens // 16 * 16, 10, "the prompt to be known")
+        wait_until(lambda: num_cached() == num_tokens // 16 * 16, 60, "the prompt to be known")
     finally:
         router.stop()
         watched.processes.remove(router)
@@ -263,7 +263,7 @@ def test_an_outage_does_not_cost_the_engine_its_model(watched: Pipeline, server:
     time.sleep(outage_s)  # the outage itself, longer than the lease
     down.start()
     url, body = f"{watched.url}/v1/chat/completions", STORY | {"max_tokens": 1}
-    back_s = wait_until(lambda: httpx.post(url, json=body, timeout=120).status_code == 200, 15, "an answer")
+    back_s = wait_until(lambda: httpx.post(url, json=body, timeout=READY_S).status_code == 200, 15, "an answer")
     print(f"answers {back_s:.1f} s after the return of {server}")
     assert [child.pid for child in engine.children(recursive=True)] == pids
     assert watched.processes[2].pid == engine.pid

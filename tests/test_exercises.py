@@ -22,7 +22,7 @@ def outcomes(checkout: Path) -> dict[str, set[str]]:
     """By exercise: whether its tests "passed", "failed", or both."""
     checks = [str(path.relative_to(checkout)) for path in sorted(checkout.glob("docs/exercises/check_*.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--junitxml=junit.xml", *checks]
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=280)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found: dict[str, set[str]] = {}
     for case in ElementTree.parse(checkout / "junit.xml").iter("testcase"):

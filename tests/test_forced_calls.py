@@ -87,7 +87,7 @@ class TestWithTheModel:
 
     @pytest.fixture
     def sdk(self, pipeline: Pipeline) -> OpenAI:
-        return OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=240)
+        return OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
     def test_calls_hold_to_the_schema_streamed_and_not(self, client: httpx.Client, choice: Any) -> None:

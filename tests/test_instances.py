@@ -30,7 +30,7 @@ class LeftEtcd:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("common.dynamo.instances._LOOK_S", 0.005)
     monkeypatch.setattr("common.dynamo.instances.SILENCE_WITHOUT_LEASE_S", 0.02)
-    monkeypatch.setattr("common.dynamo.instances.SILENCE_S", 0.2)
+    monkeypatch.setattr("common.dynamo.instances.SILENCE_S", 1.0)
 
 
 def why_given_up(client: LeftEtcd, then: Callable[[], None] = lambda: None) -> str:

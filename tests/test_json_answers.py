@@ -109,7 +109,7 @@ class Person(BaseModel):
 
 @pytest.fixture
 def sdk(pipeline: Pipeline) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
         yield client
 
 

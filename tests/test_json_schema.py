@@ -198,7 +198,7 @@ def test_all_tools_of_a_request_have_one_limit_though_the_model_chooses() -> Non
     with pytest.raises(InvalidRequest, match=r"tools: all together have more than 20000 values\.") as caught:
         parse_chat_request(body | {"tools": tools})
     assert caught.value.param == "tools"
-    assert time.perf_counter() - started < 0.2
+    assert time.perf_counter() - started < MAX_S
     assert len(parse_chat_request(body | {"tools": tools[:20]}).usable_tools) == 20
 
 

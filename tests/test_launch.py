@@ -187,11 +187,11 @@ class TestInfra:
         assert facts["jetstream"]["config"]["store_dir"].startswith(own_ports["DATA_DIR"])
 
         second = launch("launch.infra", own_ports | {name: str(free_port()) for name in own_ports if "PORT" in name})
-        assert f"is in use by another launch (pid {infra.pid})" in second.communicate(timeout=20)[1]
+        assert f"is in use by another launch (pid {infra.pid})" in second.communicate(timeout=60)[1]
         assert second.returncode == 1
 
         infra.send_signal(signal.SIGINT)
-        assert infra.communicate(timeout=30)[1] == ""
+        assert infra.communicate(timeout=60)[1] == ""
         assert infra.returncode == 0
         assert psutil.wait_procs(children, timeout=1)[1] == []
 
@@ -209,13 +209,13 @@ class TestInfra:
     ) -> None:
         with ThreadingHTTPServer(("127.0.0.1", int(own_ports[variable])), BaseHTTPRequestHandler):
             process = launch(module, own_ports)
-            output, errors = process.communicate(timeout=20)
+            output, errors = process.communicate(timeout=60)
         assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
         assert re.search(rf"port {own_ports[variable]}, .* {variable}$", errors)
 
     def test_a_named_server_that_is_not_there_ends_the_run_with_one_line(self, own_ports: dict[str, str]) -> None:
         process = launch("launch.run", own_ports | {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"})
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert re.match(r"run: NATS at 127.0.0.1:\d+ \(NATS_SERVER\) did not answer", errors.splitlines()[-1])
         assert "Traceback" not in errors
@@ -239,7 +239,7 @@ async def supervised(folder: Path, **scripts: str) -> AsyncIterator[Supervisor]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.02)
 
@@ -248,7 +248,7 @@ async def control_program(data_folder: Path, *arguments: str) -> tuple[int, str,
     command = [sys.executable, "-m", "launch.control", *arguments]
     environ = {**os.environ, "DATA_DIR": str(data_folder)}
     done = await asyncio.to_thread(
-        subprocess.run, command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=20
+        subprocess.run, command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -290,7 +290,7 @@ class TestSupervisor:
                 await until(lambda: programs.require_alive() is not None)
 
     async def test_nobody_waits_for_the_words_of_a_program_that_keeps_dying(self, tmp_path: Path) -> None:
-        async with supervised(tmp_path, bad="raise SystemExit('no such model')") as programs, asyncio.timeout(20):
+        async with supervised(tmp_path, bad="raise SystemExit('no such model')") as programs, asyncio.timeout(60):
             with pytest.raises(LaunchError, match=r"(?s)bad keeps dying.*no such model"):
                 await wait_until_logged(programs, "bad", "serving")
 

@@ -180,7 +180,7 @@ def test_stop_stops_the_engine_and_the_chat_goes_on(watched: Watched, echo: Pipe
     expect(page.locator(".turn .text").nth(1)).to_have_text(re.compile("^one two"))
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".note")).to_have_text("Stopped.")
-    wait_until(lambda: echo.processes[0].log.count("stopped True") > num_stopped, 5, "the engine to stop")
+    wait_until(lambda: echo.processes[0].log.count("stopped True") > num_stopped, 20, "the engine to stop")
     watched.ask("and now?")
     expect(page.locator(".path")).to_have_count(1)
     assert [message["role"] for message in watched.bodies[1]["messages"]] == ["user", "assistant", "user"]

@@ -31,7 +31,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def client(pipeline: Pipeline) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    with OpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
         yield client
 
 
@@ -112,7 +112,7 @@ def test_for_twenty_prompts_the_text_is_that_of_its_tokens_both_ways(pipeline: P
     """Whether both ways take the same tokens is up to rounding, and that to who else is in the batch."""
 
     async def ask_all() -> list[list[tuple[str, str]]]:
-        async with AsyncOpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=240) as client:
+        async with AsyncOpenAI(base_url=f"{pipeline.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
             four_at_once = asyncio.Semaphore(4)
 
             async def both_ways(prompt: str) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ def test_a_missing_program_is_in_the_last_line_or_a_failure(is_required: bool) -
     without_path = {"PATH": "/nowhere", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "pytest_timeout", "tests/test_overload.py", "-k", "slowhttptest"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, **without_path, "REQUIRE_PROGRAMS": "1" if is_required else ""},
     )  # fmt: skip
     assert done.returncode == int(is_required), done.stdout

@@ -98,7 +98,7 @@ def test_a_router_that_is_too_far_behind_hears_no_more(monkeypatch: pytest.Monke
                 store(cached, prompt(number, 1024), 16)
             return [1 async for _ in stream]
 
-    assert asyncio.run(asyncio.wait_for(listen(), 5)) == []
+    assert asyncio.run(asyncio.wait_for(listen(), 20)) == []
 
 
 def test_an_index_that_was_built_anew_knows_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,7 @@ def test_an_empty_cache_is_told_too_and_a_stopped_router_ends_the_stream() -> No
             context.stop_generating()
         return messages
 
-    assert asyncio.run(asyncio.wait_for(listen(), 5)) == [{"events": []}]
+    assert asyncio.run(asyncio.wait_for(listen(), 20)) == [{"events": []}]
 
 
 def test_a_booking_is_prefill_until_the_prompt_is_cached_and_then_decode_until_it_ends() -> None:

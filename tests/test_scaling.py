@@ -63,7 +63,7 @@ def test_two_engines_and_two_processors_share_the_requests_evenly(scripts: Pipel
 def test_a_third_processor_gets_its_share_as_soon_as_it_is_there(scripts: Pipeline) -> None:
     third = scripts.processor()
     scripts.wait_ready(processors=3, engines=2)
-    wait_until(lambda: chat(scripts).status_code == 200 and num_answered([third]) != [0], 5, "its first request")
+    wait_until(lambda: chat(scripts).status_code == 200 and num_answered([third]) != [0], 20, "its first request")
     assert is_even(shares(processes_of(scripts, "processor.py"), scripts, 60))
     assert third.terminate() == 0
     scripts.processes.remove(third)

@@ -39,7 +39,7 @@ def test_another_sglang_is_as_it_came_and_may_ask_for_the_cpu_platform() -> None
         env={**inherited, "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=400,
         check=True,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == {

@@ -34,7 +34,7 @@ def scripts(shared: Pipeline) -> Iterator[Pipeline]:
     shared.wait_ready(engines=2)
     yield shared
     shared.stop_all_but(2)
-    wait_until(lambda: not shared.infra.instance_keys("engine/generate"), 10, "the end of all engines")
+    wait_until(lambda: not shared.infra.instance_keys("engine/generate"), 30, "the end of all engines")
 
 
 def busy_and_idle(pipeline: Pipeline) -> list[Process]:

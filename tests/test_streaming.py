@@ -308,6 +308,6 @@ def test_a_reused_connection_is_as_quick_to_the_first_token_as_a_fresh_one(
 @with_engine("--echo", "--token-interval-ms", "50")
 def test_events_are_sent_as_their_tokens_come(client: httpx.Client) -> None:
     started = time.monotonic()
-    with client.stream("POST", "/v1/chat/completions", json=said("word " * 20, stream=True)) as response:
+    with client.stream("POST", "/v1/chat/completions", json=said("word " * 40, stream=True)) as response:
         arrivals = [time.monotonic() - started for line in response.iter_lines() if '"content":" word"' in line]
-    assert arrivals[-1] - arrivals[0] > 0.7 * 0.050 * 19
+    assert arrivals[-1] - arrivals[0] > 0.7 * 0.050 * 39

@@ -1,7 +1,6 @@
 """Tool calls read from a model's text: any cut of the text gives the same, and SGLang's parser agrees."""
 
 import json
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +14,7 @@ from sglang.srt.function_call.hermes_detector import HermesDetector
 
 from common.text.readers import TextReader, ToolCallReader, forced_calls_reader, hermes_reader
 from common.wire import ProcessorChunk
+from tests.processes import cpu_s
 from tests.tokenizers_for_tests import few_examples
 
 NAMES = ("weather", "get-time", "f")
@@ -189,26 +189,30 @@ def test_a_call_that_is_cut_off_is_no_finished_call() -> None:
     "pieces", [[" " * 1_000_000], [" "] * 100_000, [" " * 99 + "<"] * 10_000, ["<tool_call> "] * 9999]
 )
 def test_no_white_space_stalls(reader: Callable[[Iterable[str]], ToolCallReader], pieces: list[str]) -> None:
-    """In CPU time; a million at once took 5 s."""
-    started = time.process_time()
+    """A million at once took 5 s: the bar is what letters take."""
+    letters = ["a" * len(piece) for piece in pieces]
+    usual_s = cpu_s(lambda: read(reader(NAMES), letters))
     assert read(reader(NAMES), pieces).content == "".join(pieces)
-    assert time.process_time() - started < 4
+    assert cpu_s(lambda: read(reader(NAMES), pieces)) < 1 + 4 * usual_s
 
 
 def test_a_long_object_that_is_no_call_yet_does_not_stall() -> None:
-    """It took 18 s, and grew with the square of the length."""
-    started = time.process_time()
-    pieces = ["<tool_call>{", *["word "] * 200_000]
+    """It took 18 s, and grew with the square of the length: the bar is what the words alone take."""
+    words = ["word "] * 200_000
+    pieces = ["<tool_call>{", *words]
+    usual_s = cpu_s(lambda: read(hermes_reader(NAMES), words))
     assert read(hermes_reader(NAMES), pieces).content == "".join(pieces)
-    assert time.process_time() - started < 6
+    assert cpu_s(lambda: read(hermes_reader(NAMES), pieces)) < 1 + 4 * usual_s
 
 
 @pytest.mark.parametrize(("reader", "part"), [("forced", "[{}"), ("hermes", '<tool_call>{"name": "f"}')])
 def test_many_calls_in_one_piece_do_not_stall(reader: str, part: str) -> None:
     """The time grew with the square of their number."""
-    started = time.process_time()
-    READERS[reader](NAMES).push((part + "x" * 60) * 40_000)
-    assert time.process_time() - started < 5
+    few_s, many_s = (
+        cpu_s(lambda number=number: READERS[reader](NAMES).push((part + "x" * 60) * number))
+        for number in (10_000, 40_000)
+    )
+    assert many_s < 1 + 8 * few_s
 
 
 @pytest.mark.parametrize("num_spaces", [98, 99, 100, 300])

@@ -62,7 +62,7 @@ def test_the_engine_is_stopped_then(repeating: Pipeline) -> None:
     (engine,) = [process for process in repeating.processes if "fake_engine" in process.name]
     num_stopped = engine.log.count("stopped True")
     ask(repeating, max_repeats=3)
-    wait_until(lambda: engine.log.count("stopped True") > num_stopped, 5, "the engine's request to be stopped")
+    wait_until(lambda: engine.log.count("stopped True") > num_stopped, 20, "the engine's request to be stopped")
 
 
 @pytest.mark.parametrize("value", [1, 0, -1, "three", 2.5])
