@@ -70,26 +70,26 @@ $(UV): requirements.txt
 	@touch $@
 
 model: setup
-	@$(VENV_PYTHON) -m launch.model
+	@$(VENV_PYTHON) -m launch model
 
 # make runs these itself, without a shell between: an interrupt or a SIGTERM reaches them directly.
 infra: setup
-	@$(VENV_PYTHON) -m launch.infra
+	@$(VENV_PYTHON) -m launch infra
 
 run: model
-	@$(VENV_PYTHON) -m launch.run
+	@$(VENV_PYTHON) -m launch run
 
 dev: model
-	@$(VENV_PYTHON) -m launch.dev
+	@$(VENV_PYTHON) -m launch dev
 
 chapter-1: model
-	@$(VENV_PYTHON) -m launch.chapter_1
+	@$(VENV_PYTHON) -m launch chapter-1
 
 restart-%:
-	@$(VENV_PYTHON) -m launch.control $*
+	@$(VENV_PYTHON) -m launch restart $*
 
 status:
-	@$(VENV_PYTHON) -m launch.control
+	@$(VENV_PYTHON) -m launch status
 
 # Without its output where it passes, and up to the first thing that is missing where it does not.
 check-exercise-%: model

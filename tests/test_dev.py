@@ -16,8 +16,7 @@ import pytest
 
 from launch import supervisor
 from launch.dev import Source, restart_on_save
-from launch.program import Program
-from launch.supervisor import Supervisor
+from launch.supervisor import Program, Supervisor
 from tests.checkout import copy_checkout, use_fake_engine
 from tests.processes import ROOT, free_port, wait_until
 
@@ -98,10 +97,7 @@ class TestRestartOnSave:
         """The pids of `first` and `second`, which run and are watched."""
         monkeypatch.setattr(supervisor, "MIN_LIFE_S", 0.0)
         scripts = {name: tree / f"{name}.py" for name in ("first", "second")}
-        programs = [
-            Program(name=name, command=[sys.executable, str(script)], environ=os.environ)
-            for name, script in scripts.items()
-        ]
+        programs = [Program(name, [sys.executable, str(script)], os.environ) for name, script in scripts.items()]
         launch = Supervisor(tree / "run", programs)
 
         def pids() -> dict[str, int]:
@@ -191,7 +187,7 @@ def launched(tmp_path: Path, embedded_model: str) -> Iterator[tuple[Path, str]]:
     unset = "NATS_SERVER", "ETCD_ENDPOINTS", "MODEL", "RUN_ONCE", "DATA_DIR", "PYTHONDONTWRITEBYTECODE"
     cleared = dict.fromkeys(unset, "")
     with (checkout / "output").open("w") as output:
-        command = [sys.executable, "-m", "launch.dev"]
+        command = [sys.executable, "-m", "launch", "dev"]
         dev = subprocess.Popen(command, cwd=checkout, env=os.environ | ports | cleared, stdout=output, stderr=output)
     try:
         wait_until(lambda: "What happens meanwhile" in (checkout / "output").read_text(), 240, "make dev")

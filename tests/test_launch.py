@@ -18,13 +18,12 @@ import psutil
 import pytest
 
 from common.environment import DRAIN_TIMEOUT_S
-from launch import control, first_question, logs, model, program, supervisor
-from launch.command import LaunchError
+from launch import logs, model, questions, supervisor
 from launch.model import MANIFEST_FILE
-from launch.program import Program
-from launch.run import component_programs, show_what_next, wait_until_logged
-from launch.settings import Settings
-from launch.supervisor import Supervisor
+from launch.programs import component_programs
+from launch.run import show_what_next, wait_until_logged
+from launch.settings import LaunchError, Settings
+from launch.supervisor import Program, Supervisor
 from tests.processes import ROOT, Infra, accepts, free_port, running
 
 
@@ -138,7 +137,7 @@ def test_a_machine_with_many_cpus_is_told_what_would_use_them(
 
 def test_a_taken_port_names_itself_its_program_its_holder_and_the_way_out() -> None:
     port = free_port()
-    frontend = Program(name="frontend", command=[], environ={}, ports={"HTTP_PORT": port})
+    frontend = Program("frontend", [], {}, {"HTTP_PORT": port})
     with ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler), pytest.raises(LaunchError) as caught:
         frontend.require_free_ports()
     holder = rf"{re.escape(psutil.Process().name())} \(pid {os.getpid()}\)"
@@ -147,9 +146,9 @@ def test_a_taken_port_names_itself_its_program_its_holder_and_the_way_out() -> N
     frontend.require_free_ports()
 
 
-def launch(module: str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
+def launch(command: str, environ: Mapping[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-m", "launch", command],
         cwd=ROOT,
         env={**os.environ, **environ},
         stdout=subprocess.PIPE,
@@ -176,17 +175,17 @@ def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
 @pytest.mark.process
 class TestInfra:
     def test_real_servers_as_configured_start_and_stop_without_leftovers(self, own_ports: dict[str, str]) -> None:
-        infra = launch("launch.infra", own_ports)
+        infra = launch("infra", own_ports)
         wait_for_line(infra, "Ctrl-C stops both")
         children = psutil.Process(infra.pid).children(recursive=True)
         assert {"nats-server", "etcd"} == {child.name() for child in children}
         ports = [int(own_ports[name]) for name in ("NATS_PORT", "NATS_MONITORING_PORT", "ETCD_PORT")]
         assert all(map(accepts, ports))
-        facts = json.loads(first_question.fetch(f"http://127.0.0.1:{ports[1]}/varz", timeout_s=5)[1])
+        facts = json.loads(questions.fetch(f"http://127.0.0.1:{ports[1]}/varz", timeout_s=5)[1])
         assert facts["max_payload"] == 8 * 1024 * 1024
         assert facts["jetstream"]["config"]["store_dir"].startswith(own_ports["DATA_DIR"])
 
-        second = launch("launch.infra", own_ports | {name: str(free_port()) for name in own_ports if "PORT" in name})
+        second = launch("infra", own_ports | {name: str(free_port()) for name in own_ports if "PORT" in name})
         assert f"is in use by another launch (pid {infra.pid})" in second.communicate(timeout=60)[1]
         assert second.returncode == 1
 
@@ -196,25 +195,25 @@ class TestInfra:
         assert psutil.wait_procs(children, timeout=1)[1] == []
 
     def test_a_kill_9_of_the_launcher_stops_the_servers(self, own_ports: dict[str, str]) -> None:
-        infra = launch("launch.infra", own_ports)
+        infra = launch("infra", own_ports)
         wait_for_line(infra, "Ctrl-C stops both")
         children = psutil.Process(infra.pid).children(recursive=True)
         infra.kill()
         infra.communicate()
         assert psutil.wait_procs(children, timeout=20)[1] == []
 
-    @pytest.mark.parametrize(("module", "variable"), [("launch.infra", "ETCD_PORT"), ("launch.run", "HTTP_PORT")])
+    @pytest.mark.parametrize(("command", "variable"), [("infra", "ETCD_PORT"), ("run", "HTTP_PORT")])
     def test_a_taken_port_ends_a_launch_with_one_line(
-        self, own_ports: dict[str, str], module: str, variable: str
+        self, own_ports: dict[str, str], command: str, variable: str
     ) -> None:
         with ThreadingHTTPServer(("127.0.0.1", int(own_ports[variable])), BaseHTTPRequestHandler):
-            process = launch(module, own_ports)
+            process = launch(command, own_ports)
             output, errors = process.communicate(timeout=60)
         assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
         assert re.search(rf"port {own_ports[variable]}, .* {variable}$", errors)
 
     def test_a_named_server_that_is_not_there_ends_the_run_with_one_line(self, own_ports: dict[str, str]) -> None:
-        process = launch("launch.run", own_ports | {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"})
+        process = launch("run", own_ports | {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}"})
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert re.match(r"run: NATS at 127.0.0.1:\d+ \(NATS_SERVER\) did not answer", errors.splitlines()[-1])
@@ -228,9 +227,7 @@ SLEEPS = "import time; time.sleep(600)\n"
 @asynccontextmanager
 async def supervised(folder: Path, **scripts: str) -> AsyncIterator[Supervisor]:
     """Programs that run these lines of Python, once each has printed its first line."""
-    programs = [
-        Program(name=name, command=[sys.executable, "-c", text], environ=os.environ) for name, text in scripts.items()
-    ]
+    programs = [Program(name, [sys.executable, "-c", text], os.environ) for name, text in scripts.items()]
     launch = Supervisor(folder, programs)
     async with launch.running():
         for name in scripts:
@@ -244,8 +241,8 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def control_program(data_folder: Path, *arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "launch.control", *arguments]
+async def launch_to_its_end(data_folder: Path, *arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "launch", *arguments]
     environ = {**os.environ, "DATA_DIR": str(data_folder)}
     done = await asyncio.to_thread(
         subprocess.run, command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=60
@@ -254,7 +251,7 @@ async def control_program(data_folder: Path, *arguments: str) -> tuple[int, str,
 
 
 def pids(folder: Path) -> dict[str, int | None]:
-    return {name: process and process.pid for name, process in control.find(folder).items()}
+    return {name: process and process.pid for name, process in supervisor.find(folder).items()}
 
 
 @pytest.mark.process
@@ -262,8 +259,8 @@ def pids(folder: Path) -> dict[str, int | None]:
 class TestSupervisor:
     @pytest.fixture(autouse=True)
     def _short_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module, name in ((supervisor, "MIN_LIFE_S"), (supervisor, "MAX_PAUSE_S"), (program, "GRACE_S")):
-            monkeypatch.setattr(module, name, 0.5)
+        for name in ("MIN_LIFE_S", "MAX_PAUSE_S", "GRACE_S"):
+            monkeypatch.setattr(supervisor, name, 0.5)
 
     async def test_a_program_that_dies_comes_back_and_the_others_are_left_alone(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -336,9 +333,9 @@ class TestSupervisor:
         once = f"import os, sys\nos.path.exists('{tmp_path}/ran') and sys.exit(1)\nopen('{tmp_path}/ran', 'w')\n"
         async with supervised(tmp_path / "run", once=once + UP + SLEEPS, first=UP + SLEEPS, second=UP + SLEEPS):
             before = pids(tmp_path / "run")
-            restarts = [await control_program(tmp_path, name) for name in ("first", "once", "third")]
+            restarts = [await launch_to_its_end(tmp_path, "restart", name) for name in ("first", "once", "third")]
             after = pids(tmp_path / "run")
-            _, status, _ = await control_program(tmp_path)
+            _, status, _ = await launch_to_its_end(tmp_path, "status")
         assert restarts[0] == (0, "first: stopped\nfirst: started\n", "")
         assert restarts[1][0] == 1
         assert re.fullmatch(r"launch: once does not stay up: see .*logs/once.log\n", restarts[1][2])
@@ -421,7 +418,7 @@ class TestFirstQuestion:
             def ask(status: int, body: bytes) -> object:
                 monkeypatch.setattr(FakeFrontend, "status", status)
                 monkeypatch.setattr(FakeFrontend, "body", body)
-                return first_question.ask(settings)
+                return questions.ask(settings)
 
             yield ask
             server.shutdown()
@@ -446,7 +443,7 @@ class TestFirstQuestion:
 
     def test_nobody_there_is_an_error(self) -> None:
         with pytest.raises(LaunchError, match="the request failed"):
-            first_question.ask(Settings.from_environ({"HTTP_PORT": str(free_port())}))
+            questions.ask(Settings.from_environ({"HTTP_PORT": str(free_port())}))
 
 
 @pytest.mark.process
@@ -454,11 +451,11 @@ def test_a_readers_own_etcdctl_variable_does_not_matter(tmp_path: Path, monkeypa
     monkeypatch.setenv("ETCDCTL_ENDPOINTS", "127.0.0.1:1")
     infra = Infra(tmp_path)
     with running(infra.start()), pytest.raises(LaunchError, match="etcd knows no instance"):
-        first_question.instances(Settings.from_environ({"ETCD_ENDPOINTS": infra.env["ETCD_ENDPOINTS"]}))
+        questions.instances(Settings.from_environ({"ETCD_ENDPOINTS": infra.env["ETCD_ENDPOINTS"]}))
 
 
 def test_the_curl_is_the_chapters() -> None:
-    assert first_question.curl_command(Settings.from_environ({"MODEL": "Qwen/Qwen2.5-0.5B-Instruct"})) == (
+    assert questions.curl_command(Settings.from_environ({"MODEL": "Qwen/Qwen2.5-0.5B-Instruct"})) == (
         "curl -X POST http://localhost:8080/v1/chat/completions \\\n"
         '  -H "Content-Type: application/json" \\\n'
         "  -d '{\n"

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from common.routing.ask_router import ASKING_TIMEOUT_S
-from launch.conversation import show_choices_of_the_router, show_turns_of_engines
+from launch.questions import show_choices_of_the_router, show_turns_of_engines
 from launch.settings import Settings
 from tests.processes import MODEL, SHORT_LEASE, Pipeline, Process, free_port, new_pipeline, wait_until
 
