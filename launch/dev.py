@@ -63,7 +63,9 @@ class Source:
         self.files = {self.script} | finder.files | data | (self.files if self.error else set())
 
 
-async def restart_on_save(supervisor: Supervisor, scripts: Mapping[str, Path], root: Path = ROOT) -> None:
+async def restart_on_save(
+    supervisor: Supervisor, may_restart: asyncio.Event, scripts: Mapping[str, Path], root: Path = ROOT
+) -> None:
     """Until cancelled. scripts: by the program's name. A program whose files are not all Python is left alone."""
     sources = {name: await asyncio.to_thread(Source, script, root) for name, script in scripts.items()}
     say(f"dev: save a script or a module, and what imports it restarts: {', '.join(sources)}")
@@ -72,6 +74,7 @@ async def restart_on_save(supervisor: Supervisor, scripts: Mapping[str, Path], r
         folders = {file.parent for file in known}
         # Folders and not files: an editor puts another file in the old one's place.
         async for changes in awatch(*folders, recursive=False, debounce=DEBOUNCE_MS):
+            await may_restart.wait()  # what is saved meanwhile comes with the next changes
             saved = {Path(path) for _, path in changes}
             for name, source in sources.items():
                 if saved & source.files or saved - known:  # a new file may be what somebody imports by now
@@ -106,4 +109,4 @@ def _shown(file: Path | str | None, root: Path) -> str:
 async def dev(settings: Settings) -> None:
     programs = [each for each in component_programs(settings) if each.name != "router" or settings.has_router]
     scripts = {each.name: ROOT / each.command[1] for each in programs}
-    await run(settings, lambda supervisor: restart_on_save(supervisor, scripts))
+    await run(settings, lambda supervisor, all_is_shown: restart_on_save(supervisor, all_is_shown, scripts))

@@ -44,14 +44,18 @@ async def infra(settings: Settings) -> None:
         await supervisor.keep_running()
 
 
-async def run(settings: Settings, watch: Callable[[Supervisor], Coroutine[None, None, None]] | None = None) -> None:
-    """Start, wait, ask, show, stay. watch: runs beside all that, as `make dev` does."""
+Watch = Callable[[Supervisor, asyncio.Event], Coroutine[None, None, None]]
+
+
+async def run(settings: Settings, watch: Watch | None = None) -> None:
+    """Start, wait, ask, show, stay. watch: runs beside all that, and may restart programs once its event is set."""
     await require_given_servers(settings)
     folder = settings.run_folder
     *components, router = component_programs(settings)
     supervisor = Supervisor(folder, [*server_programs(settings, folder), *components])
+    all_is_shown = asyncio.Event()
     async with supervisor.running():
-        beside = [asyncio.create_task(watch(supervisor))] if watch else []
+        beside = [asyncio.create_task(watch(supervisor, all_is_shown))] if watch else []
         try:
             names = ", ".join(program.name for program in supervisor.programs)
             say(f"run: starting {names}; logs in {shown(folder)}/logs")
@@ -60,6 +64,7 @@ async def run(settings: Settings, watch: Callable[[Supervisor], Coroutine[None, 
             if settings.has_router:
                 await show_router(settings, supervisor, router)
                 components.append(router)
+            all_is_shown.set()
             if not settings.is_run_once:
                 show_what_next(settings)
                 shown_logs = [show_new_lines(each.name, supervisor.log_file(each.name)) for each in components]

@@ -30,7 +30,6 @@ from launch.settings import LOOPBACK, ROOT, LaunchError, say, shown
 
 POLL_S = 0.1
 GRACE_S = 2.0
-
 STOP_S = DRAIN_TIMEOUT_S + 30.0
 """How long a program may take to end after SIGTERM: a script leaves etcd, drains, and takes down what it runs on."""
 
@@ -278,6 +277,9 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+# What another terminal does, with the pids alone
+
+
 def find(folder: Path) -> dict[str, psutil.Process | None]:
     """The programs of a launch that is up, by name; None for one that does not run just now."""
     return {file.stem: _child(folder, file) for file in sorted(folder.glob("*.pid"))}
@@ -315,17 +317,12 @@ def restart(folder: Path, name: str) -> None:
     old = programs[name]
     if old is not None:
         old.terminate()
-        if not _ends_within(old, STOP_S):
+        if psutil.wait_procs([old], STOP_S)[1]:
             os.killpg(old.pid, signal.SIGKILL)
         say(f"{name}: stopped")
     deadline = time.monotonic() + MAX_PAUSE_S + MIN_LIFE_S
     while (new := find(folder).get(name)) in (None, old) and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    if new is None or new == old or _ends_within(new, MIN_LIFE_S):
+    if new is None or new == old or psutil.wait_procs([new], MIN_LIFE_S)[0]:
         raise LaunchError(f"{name} does not stay up: see {shown(folder)}/logs/{name}.log")
     say(f"{name}: started")
-
-
-def _ends_within(process: psutil.Process, timeout_s: float) -> bool:
-    gone, _ = psutil.wait_procs([process], timeout_s)
-    return bool(gone)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launch import supervisor
-from launch.dev import Source, restart_on_save
+from launch.dev import DEBOUNCE_MS, Source, restart_on_save
 from launch.supervisor import Program, Supervisor
 from tests.checkout import copy_checkout, use_fake_engine
 from tests.processes import ROOT, free_port, wait_until
@@ -93,7 +93,15 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.anyio
 class TestRestartOnSave:
     @pytest.fixture
-    async def pids(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[[], dict[str, int]]]:
+    def may_restart(self) -> asyncio.Event:
+        event = asyncio.Event()
+        event.set()
+        return event
+
+    @pytest.fixture
+    async def pids(
+        self, tree: Path, may_restart: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[Callable[[], dict[str, int]]]:
         """The pids of `first` and `second`, which run and are watched."""
         monkeypatch.setattr(supervisor, "MIN_LIFE_S", 0.0)
         scripts = {name: tree / f"{name}.py" for name in ("first", "second")}
@@ -104,7 +112,7 @@ class TestRestartOnSave:
             return {name: int((tree / "run" / f"{name}.pid").read_text()) for name in scripts}
 
         async with launch.running():
-            watching = asyncio.create_task(restart_on_save(launch, scripts, tree))
+            watching = asyncio.create_task(restart_on_save(launch, may_restart, scripts, tree))
             await until(lambda: all("up" in launch.log_file(name).read_text() for name in scripts))
             yield pids
             watching.cancel()
@@ -125,6 +133,18 @@ class TestRestartOnSave:
         (tree / "common/new.py").write_text("BOTH = 2\n")
         (tree / "common/new.py").rename(tree / "common/both.py")  # as many an editor saves
         await until(lambda: pids()["first"] != after["first"] and pids()["second"] != after["second"])
+
+    async def test_what_is_saved_too_early_restarts_later(
+        self, tree: Path, pids: Callable[[], dict[str, int]], may_restart: asyncio.Event
+    ) -> None:
+        before = pids()
+        may_restart.clear()
+        for name in ("first", "second"):
+            (tree / f"{name}.py").write_text((tree / f"{name}.py").read_text() + "# saved\n")
+            await asyncio.sleep(3 * DEBOUNCE_MS / 1000)
+        assert pids() == before
+        may_restart.set()
+        await until(lambda: pids()["first"] != before["first"] and pids()["second"] != before["second"])
 
     async def test_what_is_not_python_restarts_nobody_until_it_is_mended(
         self, tree: Path, pids: Callable[[], dict[str, int]], capsys: pytest.CaptureFixture[str]
@@ -180,17 +200,32 @@ class TestRestartOnSave:
 
 @pytest.fixture
 def launched(tmp_path: Path, embedded_model: str) -> Iterator[tuple[Path, str]]:
-    """A copy of the checkout where `make dev` runs, with an engine of made-up tokens, and the frontend's address."""
+    """A copy of the checkout where `make dev` runs, with an engine of made-up tokens, and the frontend's address.
+
+    The processor has been saved all the time until the first answer, and restarted after it.
+    """
     checkout = copy_checkout(tmp_path / "checkout")
     use_fake_engine(checkout)
     ports = {f"{name}_PORT": str(free_port()) for name in ("NATS", "NATS_MONITORING", "ETCD", "HTTP")}
     unset = "NATS_SERVER", "ETCD_ENDPOINTS", "MODEL", "RUN_ONCE", "DATA_DIR", "PYTHONDONTWRITEBYTECODE"
     cleared = dict.fromkeys(unset, "")
-    with (checkout / "output").open("w") as output:
+    with (checkout / "output").open("w") as file:
         command = [sys.executable, "-m", "launch", "dev"]
-        dev = subprocess.Popen(command, cwd=checkout, env=os.environ | ports | cleared, stdout=output, stderr=output)
+        dev = subprocess.Popen(command, cwd=checkout, env=os.environ | ports | cleared, stdout=file, stderr=file)
+
+    def output() -> str:
+        return (checkout / "output").read_text()
+
+    def save_and_look() -> bool:
+        with (checkout / "processor.py").open("a") as file:
+            file.write("# saved\n")
+        return "run: answered in" in output()
+
     try:
-        wait_until(lambda: "What happens meanwhile" in (checkout / "output").read_text(), 240, "make dev")
+        wait_until(lambda: "dev: save a script" in output(), 60, "make dev to watch")
+        wait_until(save_and_look, 180, "the first answer")
+        wait_until(lambda: "supervisor: processor started" in output(), 60, "the processor that was saved")
+        assert "supervisor: processor started" not in output().split("What happens meanwhile")[0]
         yield checkout, f"http://127.0.0.1:{ports['HTTP_PORT']}"
     finally:
         dev.send_signal(signal.SIGINT)
@@ -231,8 +266,10 @@ def test_the_real_frontend_and_processor_serve_what_was_saved(launched: tuple[Pa
     after = {name: process(name).pid for name in COMPONENTS}
     assert after["engine"] == before["engine"]
 
+    line = (checkout / "common/text/choice.py").read_text().splitlines().index("import math") + 1
     edit(checkout / "common/text/choice.py", "import math", "import math(")
-    said = "dev: processor keeps running, not restarted: common/text/choice.py, line 5: invalid syntax: import math("
+    where = f"common/text/choice.py, line {line}"
+    said = f"dev: processor keeps running, not restarted: {where}: invalid syntax: import math("
     wait_until(lambda: said in (checkout / "output").read_text(), 60, "the error")
     edit(checkout / "common/text/choice.py", "import math(", "import math\nmeth.pi")
     said = "supervisor: its last line: NameError: name 'meth' is not defined"
