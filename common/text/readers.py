@@ -105,10 +105,12 @@ class ToolCallReader:
 
     def push(self, text: str) -> ProcessorChunk:
         chunk = ProcessorChunk()
-        for start in range(0, len(text), _MAX_PIECE):  # each call in a piece copies the rest of it
+        for start in range(0, len(text), _MAX_PIECE):  # each call in a piece copies the rest of it, and what came before
             self._held += text[start : start + _MAX_PIECE]
-            while self._read_text(chunk) if self._call is None else self._read_call(self._call, chunk):
+            part = ProcessorChunk()
+            while self._read_text(part) if self._call is None else self._read_call(self._call, part):
                 pass
+            chunk.add(part)
         return chunk
 
     def flush(self) -> ProcessorChunk:
