@@ -14,12 +14,12 @@ from typing import Any, Generic
 import msgspec
 
 from common.dynamo import releases
-from common.dynamo.context import RequestContext as RequestContext
-from common.dynamo.context import when_given_up
 from common.dynamo.instances import CallBroke, Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
-from common.dynamo.network import too_large_for_nats
+from common.dynamo.network import nats_max_payload
 from common.dynamo.runtime import Client
-from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, Unavailable
+from common.dynamo.service import RequestContext as RequestContext
+from common.dynamo.service import when_given_up
+from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, RequestTooLarge, Unavailable
 from common.observability.metrics import Metrics
 from common.wire import AnswerProtocol, C, RouteTrace, to_wire
 
@@ -28,6 +28,8 @@ MAX_EMPTY_CHUNKS = 10_000
 MAX_GAP_S, CHUNKS_PER_SECOND = 0.05, 800
 _RETRY_PAUSE_S = 0.05
 _BUSY_PAUSE_S = 1.0
+# Dynamo's own words around a request count for NATS, not for its client: it sends what NATS then refuses.
+_HEADERS_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,3 +268,14 @@ class FailoverClient(Generic[C]):
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"The answer took longer than {self._limits.answer_s:g} seconds.")
+
+
+async def too_large_for_nats(request: dict[str, Any], error: Exception) -> RequestTooLarge | None:
+    """What to tell the client where `error`, of a call, came of the request's size: no other instance would take it."""
+    if not releases.is_too_large(error) and not releases.is_unanswered(error):
+        return None
+    size, limit = releases.size_on_nats(request), await nats_max_payload()
+    is_above_limit = limit is not None and size > limit - _HEADERS_BYTES
+    if not releases.is_too_large(error) and not is_above_limit:
+        return None
+    return RequestTooLarge(f"The request takes {size} bytes on NATS, which carries {limit or 'less'} (max_payload).")
