@@ -17,7 +17,7 @@ dict how the request went; one that does not know that leaves it out.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -195,7 +195,15 @@ class HopTrace(msgspec.Struct, omit_defaults=True):
     calls: Annotated[list[CallTrace], Meta(max_length=MAX_CALLS)] = []
 
 
-class EngineChunk(msgspec.Struct, omit_defaults=True):
+class Chunk(msgspec.Struct, omit_defaults=True):
+    """An item of an answer."""
+
+    def data(self) -> Self:
+        """The chapter's way to what is in it."""
+        return self
+
+
+class EngineChunk(Chunk, omit_defaults=True):
     """Some new tokens, the reason for the end, or both (then the tokens come first).
 
     token_ids: new ids only, length >= 0.
@@ -293,7 +301,7 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
     arguments: str = ""
 
 
-class ProcessorChunk(msgspec.Struct, omit_defaults=True):
+class ProcessorChunk(Chunk, omit_defaults=True):
     """A piece of one choice's text, the end of that choice, or both. `usage` comes with the last chunk of all.
 
     logprobs: one entry for each token behind it. The reasoning comes before the content, calls of tools behind it.
@@ -380,20 +388,17 @@ R = TypeVar("R", WorkerQuestion, EngineRequest)
 
 
 def read_worker_question(data: Any) -> WorkerQuestion:
-    """Raises:
-    InvalidRequest: the dict is not such a question.
-    """
     return _read_request(data, WorkerQuestion, "a question for a worker")
 
 
 def read_engine_request(data: Any) -> EngineRequest:
-    """Raises:
-    InvalidRequest: the dict is not an engine request.
-    """
     return _read_request(data, EngineRequest, "an engine request")
 
 
 def _read_request(data: Any, kind: type[R], what: str) -> R:
+    """Raises:
+    InvalidRequest: the dict is none.
+    """
     try:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
@@ -404,6 +409,9 @@ C = TypeVar("C", EngineChunk, ProcessorChunk)
 
 
 def _read(data: Any, kind: type[C], sender: str) -> C:
+    """Raises:
+    PipelineError: the sender reported an error, or sent a dict that is not part of the protocol (BadUpstream).
+    """
     try:
         chunk = msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
@@ -414,9 +422,6 @@ def _read(data: Any, kind: type[C], sender: str) -> C:
 
 
 def read_engine_chunk(data: Any) -> EngineChunk:
-    """Raises:
-    PipelineError: the engine sent an error, or a dict that is not part of the protocol (BadUpstream).
-    """
     chunk = _read(data, EngineChunk, "engine")
     for per_token in (chunk.log_probs, chunk.top_logprobs):
         if per_token is not None and len(per_token) != len(chunk.token_ids):
@@ -425,9 +430,6 @@ def read_engine_chunk(data: Any) -> EngineChunk:
 
 
 def read_processor_chunk(data: Any) -> ProcessorChunk:
-    """Raises:
-    PipelineError: the processor sent an error, or a dict that is not part of the protocol (BadUpstream).
-    """
     return _read(data, ProcessorChunk, "processor")
 
 

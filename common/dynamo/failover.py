@@ -62,16 +62,6 @@ class RoundRobin:
         yield self.next(instance_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk(Generic[C]):
-    """An item of an answer; `.data()` is the chapter's way to what is in it."""
-
-    _data: C
-
-    def data(self) -> C:
-        return self._data
-
-
 @dataclass(frozen=True)
 class CallLimits:
     """wait_s: how long a call waits for an instance, and for a first word of one. answer_s: how long it may take."""
@@ -109,7 +99,7 @@ class FailoverClient(Generic[C]):
         *,
         context: RequestContext,
         on_restart: Callable[[], None] | None = None,
-    ) -> AsyncGenerator[Chunk[C], None]:
+    ) -> AsyncGenerator[C, None]:
         """The chunks of one answer, complete, from as many instances as it takes; none after `context` is stopped.
 
         Leaving the stream early stops the worker. on_restart: called where the caller shall drop what it has got,
@@ -126,7 +116,7 @@ class FailoverClient(Generic[C]):
 
     async def _answer(
         self, request: dict[str, Any], context: RequestContext, on_restart: Callable[[], None] | None
-    ) -> AsyncGenerator[Chunk[C], None]:
+    ) -> AsyncGenerator[C, None]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._limits.wait_s
         ends_at = None if self._limits.answer_s is None else loop.time() + self._limits.answer_s
@@ -152,24 +142,21 @@ class FailoverClient(Generic[C]):
                         async for chunk in chunks:
                             record.received(chunk)
                             delivered.append(chunk)
-                            yield Chunk(chunk)
+                            yield chunk
                     return
-            except Busy:
+            except (Busy, InstanceFailed) as failure:
                 record.broke()
                 if context.is_stopped():
                     return
-                if is_begun or delivered:  # what was delivered is worth waiting for the rest
+                if isinstance(failure, InstanceFailed):
+                    self._instances.quarantine(instance_id, failure)
+                    if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
+                        num_broken_calls += 1
+                        deadline = loop.time() + self._limits.wait_s
+                elif is_begun or delivered:  # what was delivered is worth waiting for the rest
                     await asyncio.sleep(_BUSY_PAUSE_S)
                 else:
                     busy.add(instance_id)
-            except InstanceFailed as failure:
-                record.broke()
-                if context.is_stopped():
-                    return
-                self._instances.quarantine(instance_id, failure)
-                if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
-                    num_broken_calls += 1
-                    deadline = loop.time() + self._limits.wait_s
             if loop.time() > deadline:
                 raise Unavailable(f"No instance of {self._client} answers.")
             is_begun = is_begun or bool(delivered)
@@ -179,7 +166,7 @@ class FailoverClient(Generic[C]):
             elif delivered:
                 rest = self._rest_of(request, delivered)
                 if not isinstance(rest, dict):
-                    yield Chunk(rest)
+                    yield rest
                     return
                 request = rest
             await asyncio.sleep(_RETRY_PAUSE_S)

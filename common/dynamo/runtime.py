@@ -64,7 +64,8 @@ class DistributedRuntime:
     """What a worker gets: its place in the pipeline, and its connection to etcd and NATS.
 
     raw: Dynamo's own runtime, the `generation`-th of this process. is_stopping: set by the first signal to stop.
-    is_drained: set when, after that, nothing is in flight any more. failure: why the process must end, if it must.
+    waits_for: whose requests are finished then. is_drained: set when none of them is in flight any more. failure: why
+    the process must end, if it must.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,8 @@ class DistributedRuntime:
         self.failure: str | None = None
         self.worker_task: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reconnecting = asyncio.Lock()
-        self._served: dict[str, tuple[Any, Serving]] = {}
+        self._served: dict[str, Any] = {}
+        self.waits_for: list[Serving] = []
         self._background: set[asyncio.Task[None]] = set()
         self._metrics: Metrics | None = None
 
@@ -149,16 +151,15 @@ class DistributedRuntime:
                 else:
                     logger.warning("connected to etcd and NATS again")
 
-    def serving(self, path: str, raw_endpoint: Any, serving: Serving) -> None:
-        """Remember what has to leave etcd when the process stops, and what has to be answered."""
+    def serving(self, path: str, raw_endpoint: Any) -> None:
+        """Remember what has to leave etcd when the process stops."""
         if not self._served:
             self.run_in_background(keep_detecting_dead_peers())
-        self._served[path] = raw_endpoint, serving
+        self._served[path] = raw_endpoint
 
     @property
     def num_in_flight(self) -> int:
-        """Requests whose answers a process that stops waits for."""
-        return sum(serving.num_in_flight for _, serving in self._served.values())
+        return sum(serving.num_in_flight for serving in self.waits_for)
 
     def request_stop(self) -> None:
         """What SIGTERM and SIGINT do: drain and end the first time, end at once the second time."""
@@ -174,7 +175,7 @@ class DistributedRuntime:
 
     async def _stop(self) -> None:
         """Leave etcd, let the streams in flight finish (up to DRAIN_TIMEOUT_S), then end the runtime."""
-        for path, (raw_endpoint, _) in self._served.items():
+        for path, raw_endpoint in self._served.items():
             try:
                 async with asyncio.timeout(_LEAVE_TIMEOUT_S):
                     if await releases.leave_discovery(self.raw, raw_endpoint):
@@ -242,12 +243,14 @@ class Endpoint:
         runtime = self.runtime
         if isinstance(handler, service):
             handler.count_in(await runtime.metrics(self.path[1]))
-        serving = Serving(handler, runtime.run_in_background, graceful_shutdown=graceful_shutdown)
+        serving = Serving(handler, runtime.run_in_background)
+        if graceful_shutdown:
+            runtime.waits_for.append(serving)
         has_served, num_refusals = False, 0
         while not runtime.is_stopping.is_set():
             generation = runtime.generation
             raw_endpoint = await self.open(serve=True)
-            runtime.serving(str(self), raw_endpoint, serving)
+            runtime.serving(str(self), raw_endpoint)
             logger.info("serving %s", self)
             try:
                 await raw_endpoint.serve_endpoint(serving.answer, graceful_shutdown=graceful_shutdown)
