@@ -9,7 +9,6 @@ not answer the question is left to the runtime.
 import asyncio
 import base64
 import http.client
-import ipaddress
 import json
 import logging
 import os
@@ -284,7 +283,7 @@ def choose_response_address() -> None:
         os.environ.pop(RESPONSE_HOST, None)
     elif not addresses:
         raise ServersMissing(f"{RESPONSE_HOST}={name}: this machine has no such network interface with an address.")
-    elif ipaddress.ip_address(addresses[-1]).is_link_local and ":" in addresses[-1]:
+    elif addresses[-1].startswith("fe80:"):  # link-local
         if _default_source() not in addresses:
             first_ipv4 = next((address for address in addresses if ":" not in address), "ADDRESS")
             raise ServersMissing(
@@ -298,14 +297,8 @@ def choose_response_address() -> None:
 def is_out_of_reach() -> bool:
     """Whether only this machine's workers can answer, though NATS or etcd are on another one."""
     hosts = {host for server in SERVERS for host, _ in server.addresses}
-    return os.environ.get(RESPONSE_HOST) == "lo" and not any(map(_is_here, hosts))
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    is_one_here = any(host in ("localhost", "::1") or host.startswith("127.") for host in hosts)
+    return os.environ.get(RESPONSE_HOST) == "lo" and not is_one_here
 
 
 def _default_source() -> str | None:

@@ -19,18 +19,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec
 
-from common.dynamo import releases
-from common.dynamo.network import (
-    RESPONSE_HOST,
-    ServersMissing,
-    check_access,
-    choose_response_address,
-    detect_dead_peers,
-    is_lease_known,
-    is_out_of_reach,
-    keep_detecting_dead_peers,
-    wait_for_servers,
-)
+from common.dynamo import network, releases
+from common.dynamo.network import ServersMissing
 from common.dynamo.releases import Context as Context
 from common.dynamo.service import Handler, Serving, service
 from common.environment import DRAIN_TIMEOUT_S, STARTUP_TIMEOUT_S, check_system_port, chosen_cpus, stay_on
@@ -39,7 +29,6 @@ from common.observability.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S = 0.0005
 MAX_REFUSALS = 3
 # Callers learn from etcd within milliseconds that we left; a request sent before that is still answered.
 _FAREWELL_S = 0.5
@@ -97,9 +86,9 @@ class DistributedRuntime:
             ServersMissing: they did not come up within STARTUP_TIMEOUT_S, or refused us (credentials, TLS); or there
             is no address to listen on for answers.
         """
-        choose_response_address()
-        await wait_for_servers(STARTUP_TIMEOUT_S)
-        await check_access()
+        network.choose_response_address()
+        await network.wait_for_servers(STARTUP_TIMEOUT_S)
+        await network.check_access()
         try:
             self.raw = await releases.open_runtime()
         except Exception as error:
@@ -154,7 +143,7 @@ class DistributedRuntime:
     def serving(self, path: str, raw_endpoint: Any) -> None:
         """Remember what has to leave etcd when the process stops."""
         if not self._served:
-            self.run_in_background(keep_detecting_dead_peers())
+            self.run_in_background(network.keep_detecting_dead_peers())
         self._served[path] = raw_endpoint
 
     @property
@@ -269,9 +258,9 @@ class Endpoint:
     async def client(self) -> "Client":
         client = Client(self)
         await client.refresh()
-        if is_out_of_reach():
+        if network.is_out_of_reach():
             logger.warning(
-                "answers come back on loopback only: to have %s on another machine, set %s", self, RESPONSE_HOST
+                "answers come back on loopback only: to have %s on another machine, set %s", self, network.RESPONSE_HOST
             )
         return client
 
@@ -300,7 +289,7 @@ class Client:
                 generation = self._runtime.generation
                 if self._generation != generation:
                     self._raw = await releases.open_client(await self._endpoint.open(serve=False))
-                    detect_dead_peers()  # answers come in through a socket that is listening by now
+                    network.detect_dead_peers()  # answers come in through a socket that is listening by now
                     self._generation = generation
         return self._raw
 
@@ -310,7 +299,7 @@ class Client:
 
     async def is_lease_known(self, instance_id: int) -> bool:
         """Whether etcd still has the lease of an instance, listed or not; true where it cannot be asked."""
-        return await asyncio.to_thread(is_lease_known, instance_id)  # Dynamo names an instance after its lease
+        return await asyncio.to_thread(network.is_lease_known, instance_id)  # Dynamo names an instance after its lease
 
     def num_instances(self) -> int:
         """How many `instance_ids` would name, for those who cannot wait."""
@@ -349,7 +338,7 @@ def _tune_interpreter() -> None:
     may have to do. What was loaded by now stays: the collector need not look at it again and again. Nor need it look so
     often: a request makes more objects than the default of 700, and leaves few that it has to find.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    sys.setswitchinterval(0.0005)
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000)
