@@ -21,8 +21,6 @@ from common.openai.request import ChatCompletionRequest
 from common.sampling import ContextLimits
 from common.wire import (
     DESCRIBE,
-    ENGINE_ANSWERS,
-    PROCESSOR_ANSWERS,
     EngineChunk,
     EngineDescription,
     ProcessorChunk,
@@ -173,7 +171,7 @@ class ProcessorClient(FailoverClient[ProcessorChunk]):
 
     def __init__(self, client: Client, metrics: Metrics, limits: CallLimits) -> None:
         self.directory = ModelDirectory(client)
-        super().__init__(client, self.directory, PROCESSOR_ANSWERS, metrics, limits)
+        super().__init__(client, self.directory, ProcessorChunk, metrics, limits)
 
 
 class EngineDirectory:
@@ -236,7 +234,7 @@ class EngineClient(FailoverClient[EngineChunk]):
 
     def __init__(self, client: Client, ours: EngineDescription, metrics: Metrics, wait_s: float) -> None:
         self.directory = EngineDirectory(client, ours)
-        super().__init__(client, self.directory, ENGINE_ANSWERS, metrics, CallLimits(wait_s))
+        super().__init__(client, self.directory, EngineChunk, metrics, CallLimits(wait_s))
 
 
 def has_same_tokenizer(engine: EngineDescription, ours: EngineDescription) -> bool:

@@ -1,7 +1,7 @@
 """Calls that survive the failure of an instance.
 
 `FailoverClient` calls another instance when one fails. An answer that breaks midway goes on elsewhere with what is
-left to do, if its protocol says how (`resume`), or from its beginning, if its caller can drop what it has
+left to do, if its chunks tell (`rest_of`), or from its beginning, if its caller can drop what it has
 (`on_restart`).
 """
 
@@ -21,7 +21,7 @@ from common.dynamo.service import RequestContext as RequestContext
 from common.dynamo.service import when_given_up
 from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, RequestTooLarge, Unavailable
 from common.observability.metrics import Metrics
-from common.wire import AnswerProtocol, C, RouteTrace, to_wire
+from common.wire import C, RouteTrace, to_wire
 
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
@@ -76,19 +76,19 @@ DEFAULT_LIMITS = CallLimits()
 class FailoverClient(Generic[C]):
     """A client of one endpoint.
 
-    directory: which instances are eligible for a request. protocol: how to read their answers.
+    directory: which instances are eligible for a request. kind: of the chunks of their answers.
     """
 
     def __init__(
         self,
         client: Client,
         directory: Directory,
-        protocol: AnswerProtocol[C],
+        kind: type[C],
         metrics: Metrics,
         limits: CallLimits = DEFAULT_LIMITS,
     ) -> None:
         self._client, self._limits = client, limits
-        self._protocol: AnswerProtocol[C] = protocol
+        self._kind: type[C] = kind
         self._metrics = metrics.calls_of(str(client), client.num_instances)
         self._instances = Instances(client, directory)
         self.choose: Choose = RoundRobin()
@@ -164,18 +164,15 @@ class FailoverClient(Generic[C]):
             if delivered and on_restart is not None:
                 on_restart()
             elif delivered:
-                rest = self._rest_of(request, delivered)
+                rest = self._kind.rest_of(request, delivered)
+                if rest is None:
+                    raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
                 if not isinstance(rest, dict):
                     yield rest
                     return
                 request = rest
             await asyncio.sleep(_RETRY_PAUSE_S)
         raise BadUpstream(f"{MAX_BROKEN_CALLS} calls of {self._client} broke; giving up on this request.")
-
-    def _rest_of(self, request: dict[str, Any], delivered: list[C]) -> dict[str, Any] | C:
-        if self._protocol.resume is None:
-            raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
-        return self._protocol.resume(request, delivered)
 
     async def _attempt(
         self, request: dict[str, Any], instance_id: int, context: RequestContext, ends_at: float | None
@@ -216,7 +213,7 @@ class FailoverClient(Generic[C]):
 
     def _read(self, data: Any) -> C:
         try:
-            return self._protocol.read(data)
+            return self._kind.read(data)
         except Aborted as aborted:
             raise InstanceFailed("it gave the request up") from aborted
 

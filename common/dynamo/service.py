@@ -27,7 +27,7 @@ from common.errors import InternalError, PipelineError
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecord, RequestRecords
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.wire import EngineRequest, Envelope, WorkerQuestion, read_engine_request, read_worker_question, to_wire
+from common.wire import EngineRequest, Envelope, WorkerQuestion, to_wire
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +116,6 @@ def when_given_up(context: Context, action: Callable[[], None]) -> Iterator[None
             raise
 
 
-_READERS: dict[type, Callable[[dict[str, Any]], Any]] = {
-    ChatCompletionRequest: parse_chat_request,
-    EngineRequest: read_engine_request,
-    WorkerQuestion: read_worker_question,
-}
-
 R = TypeVar("R", ChatCompletionRequest, EngineRequest, WorkerQuestion)
 TypedHandler = Callable[[R, RequestContext], AsyncGenerator[Any, None]]
 
@@ -136,7 +130,8 @@ class service(Generic[R]):  # lower case: it reads as the decorator that it is
         self, handler: TypedHandler[R], *, description: msgspec.Struct | Callable[[], Awaitable[msgspec.Struct]]
     ) -> None:
         self._handler: TypedHandler[R] = handler
-        self._read = _READERS[get_type_hints(handler)["request"]]
+        kind = get_type_hints(handler)["request"]
+        self._read: Callable[[dict[str, Any]], Any] = parse_chat_request if kind is ChatCompletionRequest else kind.read
         self._description = description
 
     def count_in(self, metrics: Metrics) -> None:
