@@ -256,10 +256,10 @@ class FailoverClient(Generic[C]):
 
 async def too_large_for_nats(request: dict[str, Any], error: Exception) -> RequestTooLarge | None:
     """What to tell the client where `error`, of a call, came of the request's size: no other instance would take it."""
-    if not releases.is_too_large(error) and not releases.is_unanswered(error):
+    is_told = releases.is_too_large(error)
+    if not is_told and not releases.is_unanswered(error):
         return None
     size, limit = releases.size_on_nats(request), await nats_max_payload()
-    is_above_limit = limit is not None and size > limit - _HEADERS_BYTES
-    if not releases.is_too_large(error) and not is_above_limit:
+    if not is_told and (limit is None or size <= limit - _HEADERS_BYTES):
         return None
     return RequestTooLarge(f"The request takes {size} bytes on NATS, which carries {limit or 'less'} (max_payload).")

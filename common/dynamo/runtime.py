@@ -46,6 +46,8 @@ Running = Coroutine[Any, Any, None]
 def configure_dynamo_logging() -> None:
     """The chapter's call: one logger for Python and Rust, so that all lines look the same."""
     releases.configure_dynamo_logging()
+    for chatty in ("httpx", "httpcore", "asyncio", "uvicorn.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     format_records()
 
 
