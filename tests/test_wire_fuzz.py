@@ -15,6 +15,9 @@ from common.wire import (
     EngineChunk,
     EngineRequest,
     ProcessorChunk,
+    read_engine_chunk,
+    read_engine_request,
+    read_processor_chunk,
     to_wire,
 )
 
@@ -83,7 +86,7 @@ def check_error(error: PipelineError) -> None:
     assert all(value is None or isinstance(value, str) for value in fields.values())
 
 
-@pytest.mark.parametrize(("read", "kind"), [(EngineChunk.read, EngineChunk), (ProcessorChunk.read, ProcessorChunk)])
+@pytest.mark.parametrize(("read", "kind"), [(read_engine_chunk, EngineChunk), (read_processor_chunk, ProcessorChunk)])
 @settings(max_examples=300, deadline=None)
 @given(data=ANYTHING | NEARLY)
 def test_a_chunk_is_valid_or_an_error_of_ours(read: Callable[[Any], Any], kind: type, data: Any) -> None:
@@ -105,7 +108,7 @@ def test_a_chunk_is_valid_or_an_error_of_ours(read: Callable[[Any], Any], kind: 
 @given(data=ANYTHING | NEARLY)
 def test_an_engine_request_is_valid_or_a_400(data: Any) -> None:
     try:
-        request = EngineRequest.read(data)
+        request = read_engine_request(data)
     except InvalidRequest:
         return
     assert isinstance(request, EngineRequest)

@@ -105,7 +105,7 @@ class ToolCallReader:
 
     def push(self, text: str) -> ProcessorChunk:
         chunk = ProcessorChunk()
-        for start in range(0, len(text), _MAX_PIECE):  # each call in a piece copies the rest of it, and what came before
+        for start in range(0, len(text), _MAX_PIECE):  # each call in a piece copies what is around it
             self._held += text[start : start + _MAX_PIECE]
             part = ProcessorChunk()
             while self._read_text(part) if self._call is None else self._read_call(self._call, part):
