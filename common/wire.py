@@ -15,9 +15,7 @@ answers with an error and is accepted unchecked. `"show_path": true` in a reques
 dict how the request went; one that does not know that leaves it out.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypedDict, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -80,7 +78,25 @@ class OutputOptions(msgspec.Struct, omit_defaults=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
 
-class EngineRequest(msgspec.Struct, omit_defaults=True):
+class Request(msgspec.Struct, omit_defaults=True):
+    """A question to a worker. called: how an error names it."""
+
+    called: ClassVar[str]
+
+    @classmethod
+    def read(cls, data: Any) -> Self:
+        """Raises:
+        InvalidRequest: the dict is none.
+        """
+        try:
+            return msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"This is not {cls.called}: {error}.") from error
+
+
+class EngineRequest(Request, omit_defaults=True):
+    called = "an engine request"
+
     token_ids: Annotated[list[TokenId], Meta(min_length=1)]
     sampling_options: SamplingOptions = msgspec.field(default_factory=SamplingOptions)
     stop_conditions: StopConditions = msgspec.field(default_factory=StopConditions)
@@ -92,12 +108,14 @@ def is_constrained(request: dict[str, Any]) -> bool:
     return request.get("sampling_options", {}).get("json_schema") is not None
 
 
-class WorkerQuestion(msgspec.Struct, omit_defaults=True):
+class WorkerQuestion(Request, omit_defaults=True):
     """Which of these workers shall answer the prompt? It is booked for as long as the stream of the answer is open.
 
     tokens_hashes: of the prompt's blocks, 8 bytes each, in place of its token_ids; num_tokens: how many those are. For
     routers that have said that they take it.
     """
+
+    called = "a question for a worker"
 
     worker_ids: Annotated[list[int], Meta(min_length=1)]
     token_ids: list[TokenId] = []
@@ -195,7 +213,41 @@ class HopTrace(msgspec.Struct, omit_defaults=True):
     calls: Annotated[list[CallTrace], Meta(max_length=MAX_CALLS)] = []
 
 
-class EngineChunk(msgspec.Struct, omit_defaults=True):
+class Chunk(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """An item of an answer. sender: how an error names who sends it."""
+
+    sender: ClassVar[str]
+
+    path: HopTrace | None = None
+    error: Any = None
+
+    def data(self) -> Self:
+        """The chapter's way to what is in it."""
+        return self
+
+    @classmethod
+    def read(cls, data: Any) -> Self:
+        """Raises:
+        PipelineError: the sender reports an error, or the dict is not part of the protocol (BadUpstream).
+        """
+        try:
+            chunk = msgspec.convert(data, cls)
+        except msgspec.ValidationError as error:
+            raise BadUpstream(f"The {cls.sender} sent something that is not part of the protocol ({error}).") from error
+        if chunk.error is not None:
+            raise from_wire(chunk.error)
+        return chunk
+
+    @classmethod
+    def rest_of(cls, request: dict[str, Any], delivered: list[Self]) -> dict[str, Any] | Self | None:
+        """The request for what is left after `delivered`, or the chunk that ends the answer where nothing is left.
+
+        None where a broken answer cannot go on.
+        """
+        return None
+
+
+class EngineChunk(Chunk, omit_defaults=True):
     """Some new tokens, the reason for the end, or both (then the tokens come first).
 
     token_ids: new ids only, length >= 0.
@@ -203,13 +255,13 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
     cached_tokens: how many of the prompt's the engine had in its cache; with the finish_reason, if it tells.
     """
 
+    sender = "engine"
+
     token_ids: list[TokenId] = []
     finish_reason: FinishReason | None = None
     log_probs: list[float] | None = None
     top_logprobs: list[list[tuple[TokenId, float]]] | None = None
     cached_tokens: Annotated[int, Meta(ge=0)] | None = None
-    path: HopTrace | None = None
-    error: Any = None
 
     @property
     def has_content(self) -> bool:
@@ -224,6 +276,35 @@ class EngineChunk(msgspec.Struct, omit_defaults=True):
         """Append what comes next. Neither has logprobs."""
         self.token_ids += other.token_ids
         self.finish_reason, self.cached_tokens, self.path = other.finish_reason, other.cached_tokens, other.path
+
+    @classmethod
+    def read(cls, data: Any) -> Self:
+        chunk = super().read(data)
+        for per_token in (chunk.log_probs, chunk.top_logprobs):
+            if per_token is not None and len(per_token) != len(chunk.token_ids):
+                raise BadUpstream("The engine sent logprobs that do not match its tokens.")
+        return chunk
+
+    @classmethod
+    def rest_of(cls, request: dict[str, Any], delivered: list[Self]) -> dict[str, Any] | Self:
+        """The tokens become part of the prompt.
+
+        SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
+        have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
+        """
+        token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
+        stop = request.get("stop_conditions", {})
+        if (max_tokens := stop.get("max_tokens")) is not None:
+            stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
+            if min_tokens := stop.get("min_tokens"):
+                stop["min_tokens"] = max(0, min_tokens - len(token_ids))
+            if stop["max_tokens"] < 1:
+                return cls(finish_reason="length")
+        if is_constrained(request):
+            options = request["sampling_options"]
+            num_json_tokens = options.get("num_json_tokens", 0) + len(token_ids)
+            request = {**request, "sampling_options": {**options, "num_json_tokens": num_json_tokens}}
+        return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}
 
 
 class CacheDescription(msgspec.Struct):
@@ -293,19 +374,19 @@ class ToolCallDelta(msgspec.Struct, omit_defaults=True):
     arguments: str = ""
 
 
-class ProcessorChunk(msgspec.Struct, omit_defaults=True):
+class ProcessorChunk(Chunk, omit_defaults=True):
     """A piece of one choice's text, the end of that choice, or both. `usage` comes with the last chunk of all.
 
     logprobs: one entry for each token behind it. The reasoning comes before the content, calls of tools behind it.
     """
+
+    sender = "processor"
 
     index: Annotated[int, Meta(ge=0)] = 0
     content: str = ""
     finish_reason: AnswerFinishReason | None = None
     logprobs: list[LogprobEntry] | None = None
     usage: Usage | None = None
-    path: HopTrace | None = None
-    error: Any = None
     tool_calls: list[ToolCallDelta] = []
     reasoning_content: str = ""
 
@@ -350,6 +431,9 @@ class ProcessorDescription(msgspec.Struct, omit_defaults=True):
             raise ModelNotFound(f"The model '{model}' does not exist.", param="model")
 
 
+C = TypeVar("C", EngineChunk, ProcessorChunk)
+
+
 def to_wire(message: msgspec.Struct) -> dict[str, Any]:
     """The dict for a message, without what is at its default."""
     wire: dict[str, Any] = msgspec.to_builtins(message)
@@ -374,95 +458,3 @@ class Envelope(msgspec.Struct, omit_defaults=True):
         """Removes its keys from the request's dict."""
         request_id, traceparent = (str(request.pop(name, "")) for name in ("request_id", "traceparent"))
         return cls(request_id, traceparent, bool(request.pop("show_path", False)))
-
-
-R = TypeVar("R", WorkerQuestion, EngineRequest)
-
-
-def read_worker_question(data: Any) -> WorkerQuestion:
-    """Raises:
-    InvalidRequest: the dict is not such a question.
-    """
-    return _read_request(data, WorkerQuestion, "a question for a worker")
-
-
-def read_engine_request(data: Any) -> EngineRequest:
-    """Raises:
-    InvalidRequest: the dict is not an engine request.
-    """
-    return _read_request(data, EngineRequest, "an engine request")
-
-
-def _read_request(data: Any, kind: type[R], what: str) -> R:
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"This is not {what}: {error}.") from error
-
-
-C = TypeVar("C", EngineChunk, ProcessorChunk)
-
-
-def _read(data: Any, kind: type[C], sender: str) -> C:
-    try:
-        chunk = msgspec.convert(data, kind)
-    except msgspec.ValidationError as error:
-        raise BadUpstream(f"The {sender} sent something that is not part of the protocol ({error}).") from error
-    if chunk.error is not None:
-        raise from_wire(chunk.error)
-    return chunk
-
-
-def read_engine_chunk(data: Any) -> EngineChunk:
-    """Raises:
-    PipelineError: the engine sent an error, or a dict that is not part of the protocol (BadUpstream).
-    """
-    chunk = _read(data, EngineChunk, "engine")
-    for per_token in (chunk.log_probs, chunk.top_logprobs):
-        if per_token is not None and len(per_token) != len(chunk.token_ids):
-            raise BadUpstream("The engine sent logprobs that do not match its tokens.")
-    return chunk
-
-
-def read_processor_chunk(data: Any) -> ProcessorChunk:
-    """Raises:
-    PipelineError: the processor sent an error, or a dict that is not part of the protocol (BadUpstream).
-    """
-    return _read(data, ProcessorChunk, "processor")
-
-
-@dataclass(frozen=True)
-class AnswerProtocol(Generic[C]):
-    """How to read the answers of an endpoint.
-
-    read: a dict as a chunk; raises the error that the dict carries. resume: the request for what is left after some
-    chunks, or the chunk that ends the answer where nothing is left; None where a broken answer cannot go on.
-    """
-
-    read: Callable[[Any], C]
-    resume: Callable[[dict[str, Any], list[C]], dict[str, Any] | C] | None = None
-
-
-def remaining_request(request: dict[str, Any], delivered: list[EngineChunk]) -> dict[str, Any] | EngineChunk:
-    """The engine request for what is left after an engine broke: its tokens become part of the prompt.
-
-    SGLang derives a token's randomness from the seed and its position, so a seeded answer goes on as it would
-    have. Penalties start anew. Where nothing is left to generate, it is the chunk that ends the answer.
-    """
-    token_ids = [token_id for chunk in delivered for token_id in chunk.token_ids]
-    stop = request.get("stop_conditions", {})
-    if (max_tokens := stop.get("max_tokens")) is not None:
-        stop = {**stop, "max_tokens": max_tokens - len(token_ids)}
-        if min_tokens := stop.get("min_tokens"):
-            stop["min_tokens"] = max(0, min_tokens - len(token_ids))
-        if stop["max_tokens"] < 1:
-            return EngineChunk(finish_reason="length")
-    if is_constrained(request):
-        options = request["sampling_options"]
-        num_json_tokens = options.get("num_json_tokens", 0) + len(token_ids)
-        request = {**request, "sampling_options": {**options, "num_json_tokens": num_json_tokens}}
-    return {**request, "token_ids": [*request["token_ids"], *token_ids], "stop_conditions": stop}
-
-
-ENGINE_ANSWERS = AnswerProtocol(read_engine_chunk, resume=remaining_request)
-PROCESSOR_ANSWERS = AnswerProtocol(read_processor_chunk)

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import psutil
 
-from common.dynamo.servers import ServersMissing
+from common.dynamo.network import ServersMissing
 from launch import run, supervisor
 from launch.dev import dev
 from launch.model import ensure_model

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 
 import httpx
 
-from common.dynamo.servers import SERVERS, wait_for_servers
+from common.dynamo.network import SERVERS, wait_for_servers
 from common.environment import prepare_environment
 from launch.logs import current_phase, show_new_lines
 from launch.programs import chapter_programs, component_programs, server_programs

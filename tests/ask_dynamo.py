@@ -110,7 +110,7 @@ class ABug(Exception):
 async def calls(infra: Infra) -> dict[str, Any]:
     """How do calls fail, and what becomes of a stop before the first item?"""
     from common.dynamo import releases
-    from common.dynamo.network import too_large_for_nats
+    from common.dynamo.failover import too_large_for_nats
 
     async def handler(request: dict[str, Any], context: Any) -> Items:
         if request["ask"] == "raise":
@@ -251,7 +251,7 @@ async def stalled(infra: Infra) -> dict[str, Any]:
     how long before that, on this machine?
     """
     from common.dynamo import releases
-    from common.dynamo.connection import Connection
+    from common.dynamo.runtime import DistributedRuntime
     from common.dynamo.service import Serving
 
     num_items = 0
@@ -265,7 +265,9 @@ async def stalled(infra: Infra) -> dict[str, Any]:
 
     runtime = await releases.open_runtime()
     endpoint = await releases.open_endpoint(runtime, "inference", "engine", "generate", serve=True)
-    served = asyncio.ensure_future(endpoint.serve_endpoint(Serving(handler, Connection()).answer))
+    served = asyncio.ensure_future(
+        endpoint.serve_endpoint(Serving(handler, DistributedRuntime().run_in_background).answer)
+    )
     client = await releases.open_client(endpoint)
     await until(client.instance_ids)
 

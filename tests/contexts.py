@@ -1,7 +1,7 @@
 """What a handler gets beside a request, without a caller and without Dynamo's runtime."""
 
-from common.dynamo.context import RequestContext
 from common.dynamo.runtime import Context
+from common.dynamo.service import RequestContext
 from common.observability.metrics import Metrics
 from common.observability.request_records import RequestRecords
 from common.wire import Envelope

@@ -7,8 +7,8 @@ from typing import cast
 
 import uvloop
 
-from common.dynamo.context import RequestContext
 from common.dynamo.runtime import configure_dynamo_logging
+from common.dynamo.service import RequestContext
 from common.sglang.engine import SGLangEngine
 from common.sglang.stream_pace import Output
 from common.wire import EngineDescription, EngineRequest

@@ -17,7 +17,7 @@ import uvloop
 
 from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
 from common.observability.request_records import RequestPath
-from common.wire import KV_BLOCK_SIZE, EngineDescription, EngineRequest, Envelope, read_engine_request, to_wire
+from common.wire import KV_BLOCK_SIZE, EngineDescription, EngineRequest, Envelope, to_wire
 
 logger = logging.getLogger("fake_engine")
 
@@ -143,7 +143,7 @@ class FakeEngine:
             for item in GARBAGE[args.garbage]:
                 yield item
             return
-        engine_request: EngineRequest = read_engine_request(request)
+        engine_request: EngineRequest = EngineRequest.read(request)
         token_ids, finish_reason = self.answer_to(engine_request)
         first_token_at = asyncio.get_running_loop().time() + args.first_token_ms / 1000
         while (rest_s := first_token_at - asyncio.get_running_loop().time()) > 0 and not context.is_stopped():

@@ -6,8 +6,8 @@ from typing import Any
 
 import uvloop
 
+from common.dynamo.network import ServersMissing, wait_for_servers
 from common.dynamo.runtime import Context, DistributedRuntime, configure_dynamo_logging, dynamo_worker
-from common.dynamo.servers import ServersMissing, wait_for_servers
 
 
 async def generate(request: dict[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:

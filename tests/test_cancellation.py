@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from common.dynamo import context
-from common.dynamo.context import when_stopped
+from common.dynamo import service
 from common.dynamo.runtime import Context
+from common.dynamo.service import when_stopped
 from tests.processes import Pipeline, wait_until
 from tests.raw_http import open_request
 
@@ -18,7 +18,7 @@ NUM_ABANDONED = 10
 @pytest.fixture(autouse=True)
 def own_watcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one for a process, which has one event loop; each test here has a loop of its own."""
-    monkeypatch.setattr(context, "_watcher", context._Watcher())
+    monkeypatch.setattr(service, "_watcher", service._Watcher())
 
 
 class LookedAt:

@@ -9,7 +9,7 @@ import pytest
 from common.dynamo.failover import CallLimits
 from common.dynamo.runtime import Context
 from common.errors import BadUpstream, DeadlineExceeded
-from common.wire import PROCESSOR_ANSWERS
+from common.wire import ProcessorChunk
 from tests.contexts import request_context
 from tests.test_failover import failover_client
 
@@ -41,7 +41,7 @@ def read(answer_s: float, instances: Any) -> str:
     """The text of an answer, and a mark where it was given up."""
 
     async def run() -> str:
-        client = failover_client(instances, PROCESSOR_ANSWERS, CallLimits(answer_s=answer_s))
+        client = failover_client(instances, ProcessorChunk, CallLimits(answer_s=answer_s))
         text = ""
         try:
             async for chunk in await client.generate({}, context=request_context()):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from bench.__main__ import parse_args
-from common.wire import read_engine_chunk, read_engine_request, read_processor_chunk
+from common.wire import EngineChunk, EngineRequest, ProcessorChunk
 from tests.call_endpoint import call_endpoint
 from tests.pages import (
     COMMANDS,
@@ -187,11 +187,11 @@ def wire_examples() -> list[dict[str, Any]]:
 
 def test_the_wire_examples_are_what_wire_py_reads() -> None:
     _, engine_request, engine_chunk, processor_chunk, error = wire_examples()
-    read_engine_request(engine_request)
-    read_engine_chunk(engine_chunk)
-    read_processor_chunk(processor_chunk)
+    EngineRequest.read(engine_request)
+    EngineChunk.read(engine_chunk)
+    ProcessorChunk.read(processor_chunk)
     with pytest.raises(Exception, match=re.escape(error["error"]["message"])):
-        read_engine_chunk(error)
+        EngineChunk.read(error)
 
 
 # An engine that writes down what it is asked, and answers with one dict.

@@ -14,7 +14,7 @@ from common.dynamo.failover import DEFAULT_LIMITS, MAX_BROKEN_CALLS, CallLimits,
 from common.dynamo.runtime import Client, Context
 from common.errors import Aborted, BadUpstream, Busy, InvalidRequest, Unavailable
 from common.observability.metrics import Metrics
-from common.wire import ENGINE_ANSWERS, PROCESSOR_ANSWERS, AnswerProtocol, C, EngineChunk, ProcessorChunk
+from common.wire import C, EngineChunk, ProcessorChunk
 from tests.contexts import request_context
 
 WAIT_S = 0.05
@@ -33,9 +33,9 @@ class AllOf:
         return list(await self._client.instance_ids())
 
 
-def failover_client(client: Any, protocol: AnswerProtocol[C], limits: CallLimits = DEFAULT_LIMITS) -> FailoverClient[C]:
+def failover_client(client: Any, kind: type[C], limits: CallLimits = DEFAULT_LIMITS) -> FailoverClient[C]:
     client.num_instances = lambda: 0
-    return FailoverClient(cast("Client", client), AllOf(client), protocol, Metrics("processor"), limits)
+    return FailoverClient(cast("Client", client), AllOf(client), kind, Metrics("processor"), limits)
 
 
 class DyingInstance:
@@ -139,7 +139,7 @@ def short_rest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answer_of(client: GoneButListed) -> list[ProcessorChunk]:
     async def run() -> list[ProcessorChunk]:
-        response_stream = await failover_client(client, PROCESSOR_ANSWERS).generate({}, context=request_context())
+        response_stream = await failover_client(client, ProcessorChunk).generate({}, context=request_context())
         return [chunk.data() async for chunk in response_stream]
 
     return asyncio.run(run())
@@ -171,7 +171,7 @@ def test_an_answer_longer_than_the_wait_goes_on_elsewhere(
     """What counts is that the call was delivered. Wording that is not known is logged, once, with its text."""
 
     async def run() -> str:
-        client = failover_client(KilledMidway(words), PROCESSOR_ANSWERS, CallLimits(wait_s=WAIT_S))
+        client = failover_client(KilledMidway(words), ProcessorChunk, CallLimits(wait_s=WAIT_S))
         restarts: list[bool] = []
         stream = await client.generate({}, context=request_context(), on_restart=lambda: restarts.append(True))
         contents = [chunk.data().content async for chunk in stream]
@@ -188,7 +188,7 @@ def test_nothing_is_delivered_of_a_call_that_was_given_up() -> None:
 
     async def run() -> list[list[str]]:
         dying = DyingInstance()
-        client = failover_client(dying, PROCESSOR_ANSWERS)
+        client = failover_client(dying, ProcessorChunk)
 
         async def ask(what: str) -> list[str]:
             response_stream = await client.generate({"ask": what}, context=request_context())
@@ -237,7 +237,7 @@ def ask(engines: Answering, num_requests: int = 1) -> list[list[int]]:
     """The tokens of each answer, one request after the other."""
 
     async def run() -> list[list[int]]:
-        client: FailoverClient[EngineChunk] = failover_client(engines, ENGINE_ANSWERS)
+        client: FailoverClient[EngineChunk] = failover_client(engines, EngineChunk)
         answers = []
         for _ in range(num_requests):
             response_stream = await client.generate({"token_ids": [7]}, context=request_context())
@@ -249,7 +249,7 @@ def ask(engines: Answering, num_requests: int = 1) -> list[list[int]]:
 
 def chunks_of(answer: list[Item]) -> list[list[int]]:
     async def run() -> list[list[int]]:
-        client: FailoverClient[EngineChunk] = failover_client(Answering({1: [answer]}), ENGINE_ANSWERS)
+        client: FailoverClient[EngineChunk] = failover_client(Answering({1: [answer]}), EngineChunk)
         context = request_context()
         context.record.is_streamed = True
         stream = await client.generate({"token_ids": [7]}, context=context)
@@ -277,7 +277,7 @@ def test_a_lone_token_waits_no_longer_than_its_gap(monkeypatch: pytest.MonkeyPat
             await asyncio.Event().wait()
 
     async def run() -> list[list[int]]:
-        client: FailoverClient[EngineChunk] = failover_client(Stalling({1: [[]]}), ENGINE_ANSWERS)
+        client: FailoverClient[EngineChunk] = failover_client(Stalling({1: [[]]}), EngineChunk)
         context = request_context()
         context.record.is_streamed = True
         async with aclosing(await client.generate({"token_ids": [7]}, context=context)) as stream:
@@ -297,7 +297,7 @@ def test_tokens_that_wait_are_not_lost_when_the_engine_breaks(
 
 def test_no_instance_is_called_for_a_client_that_left_while_one_was_chosen() -> None:
     async def run(instances: GoneButListed) -> None:
-        client, context = failover_client(instances, PROCESSOR_ANSWERS), request_context()
+        client, context = failover_client(instances, ProcessorChunk), request_context()
 
         @asynccontextmanager
         async def choose(*_: Any) -> AsyncIterator[Chosen]:

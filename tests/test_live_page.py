@@ -20,8 +20,7 @@ from common.wire import (
     CacheDescription,
     EngineChunk,
     Envelope,
-    read_engine_chunk,
-    read_processor_chunk,
+    ProcessorChunk,
     to_wire,
 )
 from tests.contexts import request_context
@@ -104,7 +103,7 @@ class TestAPath:
     def test_it_tells_who_was_called_and_who_broke(self) -> None:
         record = request_context("processor", show_path=True).record
         record.calling(2**63).broke()
-        last = read_engine_chunk({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
+        last = EngineChunk.read({"finish_reason": "stop", "path": {"first_us": 1, "last_us": 2}})
         record.calling(255).received(last)
         assert record.path is not None
         first, second = to_wire(record.path.trace)["calls"]
@@ -127,12 +126,12 @@ class TestAPath:
     )
     def test_what_a_worker_tells_is_checked(self, stage: Any) -> None:
         with pytest.raises(BadUpstream):
-            read_engine_chunk({"finish_reason": "stop", "path": stage})
+            EngineChunk.read({"finish_reason": "stop", "path": stage})
 
     @given(NEARLY_STAGES)
     def test_nothing_but_our_errors_escapes(self, data: Any) -> None:
         with suppress(BadUpstream):
-            read_processor_chunk({"path": data})
+            ProcessorChunk.read({"path": data})
 
 
 def duration_us(call: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ from common.errors import InvalidRequest
 from common.routing import kv_blocks, kv_index
 from common.routing.kv_blocks import CachedBlocks, block_hashes, packed
 from common.routing.load import Booking, WorkerLoad
-from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion, read_worker_question, to_wire
+from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion, to_wire
 from router import POLICIES, Policy, RequestHandler, kv
 from tests.contexts import request_context
 from tests.processes import ROOT
@@ -239,7 +239,7 @@ def test_the_hashes_of_a_prompt_say_what_its_tokens_say() -> None:
         hashes = packed(block_hashes(token_ids))
         by_hashes = to_wire(WorkerQuestion([1, 2], num_tokens=500, tokens_hashes=hashes))
         for question in ({"token_ids": token_ids, "worker_ids": [1, 2]}, by_hashes):
-            stream = chooser.handler.find_worker(read_worker_question(question), chooser.context)
+            stream = chooser.handler.find_worker(WorkerQuestion.read(question), chooser.context)
             assert await anext(stream) == WorkerFound(2, 496, hashed_block_size=16)
             assert chooser.told.loads[2].num_decode_blocks == 32
             await stream.aclose()
@@ -253,7 +253,7 @@ def test_the_hashes_of_a_prompt_say_what_its_tokens_say() -> None:
 )
 def test_a_question_without_a_whole_prompt_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
-        read_worker_question({"worker_ids": [1], **wrong})
+        WorkerQuestion.read({"worker_ids": [1], **wrong})
 
 
 def test_kv_sends_a_prompt_where_its_beginning_is_about_to_be_cached() -> None:

@@ -6,7 +6,7 @@ import msgspec
 
 from common.openai.request import parse_chat_request
 from common.sampling import engine_request, sglang_sampling_params
-from common.wire import EngineChunk, EngineRequest, StopConditions, remaining_request, to_wire
+from common.wire import EngineChunk, EngineRequest, StopConditions, to_wire
 
 
 def asked(max_tokens: int = 8, **fields: Any) -> EngineRequest:
@@ -27,7 +27,7 @@ def test_no_more_tokens_are_demanded_than_the_context_has_room_for() -> None:
 def test_what_is_left_after_an_engine_broke_counts_what_it_delivered() -> None:
     request = to_wire(asked(min_tokens=4, stop_token_ids=[5]))
     for num_delivered, min_tokens in ((1, 3), (4, 0), (6, 0)):
-        rest = remaining_request(request, [EngineChunk(token_ids=[9] * num_delivered)])
+        rest = EngineChunk.rest_of(request, [EngineChunk(token_ids=[9] * num_delivered)])
         assert isinstance(rest, dict)
         left = msgspec.convert(rest, EngineRequest)
         assert left.token_ids == [1] + [9] * num_delivered

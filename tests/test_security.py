@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from common.dynamo.servers import ServersMissing, check_access
+from common.dynamo.network import ServersMissing, check_access
 from tests.fake_processor import ENDLESS, GARBAGE
 from tests.processes import DYNAMO, Infra, Pipeline, Process, accepts, new_pipeline, running, wait_until
 from tests.raw_http import CHAT

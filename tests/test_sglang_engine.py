@@ -12,7 +12,7 @@ import pytest
 from fastapi import HTTPException
 
 from bench.fake_sglang.engine import Engine
-from common.dynamo.context import RequestContext
+from common.dynamo.service import RequestContext
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.openai.json_schema import GRAMMAR_FAILED
 from common.sglang.engine import SGLangEngine

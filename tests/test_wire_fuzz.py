@@ -15,9 +15,6 @@ from common.wire import (
     EngineChunk,
     EngineRequest,
     ProcessorChunk,
-    read_engine_chunk,
-    read_engine_request,
-    read_processor_chunk,
     to_wire,
 )
 
@@ -86,7 +83,7 @@ def check_error(error: PipelineError) -> None:
     assert all(value is None or isinstance(value, str) for value in fields.values())
 
 
-@pytest.mark.parametrize(("read", "kind"), [(read_engine_chunk, EngineChunk), (read_processor_chunk, ProcessorChunk)])
+@pytest.mark.parametrize(("read", "kind"), [(EngineChunk.read, EngineChunk), (ProcessorChunk.read, ProcessorChunk)])
 @settings(max_examples=300, deadline=None)
 @given(data=ANYTHING | NEARLY)
 def test_a_chunk_is_valid_or_an_error_of_ours(read: Callable[[Any], Any], kind: type, data: Any) -> None:
@@ -108,7 +105,7 @@ def test_a_chunk_is_valid_or_an_error_of_ours(read: Callable[[Any], Any], kind: 
 @given(data=ANYTHING | NEARLY)
 def test_an_engine_request_is_valid_or_a_400(data: Any) -> None:
     try:
-        request = read_engine_request(data)
+        request = EngineRequest.read(data)
     except InvalidRequest:
         return
     assert isinstance(request, EngineRequest)

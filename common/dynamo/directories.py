@@ -21,8 +21,6 @@ from common.openai.request import ChatCompletionRequest
 from common.sampling import ContextLimits
 from common.wire import (
     DESCRIBE,
-    ENGINE_ANSWERS,
-    PROCESSOR_ANSWERS,
     EngineChunk,
     EngineDescription,
     ProcessorChunk,
@@ -44,10 +42,15 @@ _PATIENCE_S = 0.5
 
 
 class Descriptions(Generic[T]):
-    """The answers to `{"describe": true}`, each a `kind`; None of an instance that does not know the question."""
+    """The answers to `{"describe": true}`, each a `kind`; None of an instance that does not know the question.
 
-    def __init__(self, client: Client, kind: type[T]) -> None:
-        self._client, self._kind = client, kind
+    on_described: called with each instance's first answer.
+    """
+
+    def __init__(
+        self, client: Client, kind: type[T], on_described: Callable[[int, T], None] = lambda _id, _answer: None
+    ) -> None:
+        self._client, self._kind, self._on_described = client, kind, on_described
         self._known: dict[int, T | None] = {}
         self._asking: dict[int, asyncio.Task[None]] = {}
         self._patient_until = 0.0
@@ -95,7 +98,7 @@ class Descriptions(Generic[T]):
         for attempt in itertools.count():
             try:
                 async with asyncio.timeout(min(_TIMEOUT_S * 2**attempt, _MAX_TIMEOUT_S)):
-                    self._known[instance_id] = await self._answer(instance_id)
+                    description = await self._answer(instance_id)
                 break
             except Exception as error:  # it is just starting, or going away, or busy, or it hangs
                 if attempt == _NUM_SILENT_ATTEMPTS:
@@ -104,6 +107,9 @@ class Descriptions(Generic[T]):
                     )
             await asyncio.sleep(_PAUSE_S)
         del self._asking[instance_id]
+        self._known[instance_id] = description
+        if description is not None:
+            self._on_described(instance_id, description)
 
     async def _answer(self, instance_id: int) -> T | None:
         try:
@@ -165,7 +171,7 @@ class ProcessorClient(FailoverClient[ProcessorChunk]):
 
     def __init__(self, client: Client, metrics: Metrics, limits: CallLimits) -> None:
         self.directory = ModelDirectory(client)
-        super().__init__(client, self.directory, PROCESSOR_ANSWERS, metrics, limits)
+        super().__init__(client, self.directory, ProcessorChunk, metrics, limits)
 
 
 class EngineDirectory:
@@ -175,31 +181,18 @@ class EngineDirectory:
     """
 
     def __init__(self, client: Client, ours: EngineDescription) -> None:
-        self._engines = Descriptions(client, EngineDescription)
+        self._engines = Descriptions(client, EngineDescription, self._tell)
         self._ours = ours
         self.ineligible_reason = f"Those that run have another tokenizer than {ours.model}, or have not said which."
-        self._is_compatible: dict[int, bool] = {}
-        self._compatible: list[int] = []
-        self._constraining: list[int] = []  # those of them that take a grammar
-        self._limits = ContextLimits.of([ours])
+
+    async def _compatible(self) -> dict[int, EngineDescription | None]:
+        engines = (await self._engines.current()).items()
+        return {each: engine for each, engine in engines if engine is None or has_same_tokenizer(engine, self._ours)}
 
     async def limits(self) -> ContextLimits:
         """What fits into our model's context and into each of its engines."""
-        await self._refresh()
-        return self._limits
-
-    async def _refresh(self) -> None:
-        known = await self._engines.current()
-        if known.keys() == self._is_compatible.keys():
-            return
-        self._is_compatible = {
-            each: self._is_compatible[each] if each in self._is_compatible else self._check(each, description)
-            for each, description in known.items()
-        }
-        self._compatible = [each for each, is_compatible in self._is_compatible.items() if is_compatible]
-        described = {each: engine for each in self._compatible if (engine := known[each]) is not None}
-        self._limits = ContextLimits.of([self._ours, *described.values()])
-        self._constraining = [each for each, engine in described.items() if engine.can_constrain]
+        engines = (await self._compatible()).values()
+        return ContextLimits.of([self._ours, *(engine for engine in engines if engine is not None)])
 
     async def check(self, request: ChatCompletionRequest) -> None:
         """Raises:
@@ -207,27 +200,30 @@ class EngineDirectory:
         """
         if request.answer_schema is None:
             return
-        await self._refresh()
-        if self._compatible and not self._constraining and not self._engines.are_asked:
+        engines = (await self._compatible()).values()
+        if engines and not any(map(_can_constrain, engines)) and not self._engines.are_asked:
             param = request.answer_schema_param.partition(".")[0]
             raise InvalidRequest(f"Invalid value for {param}: no engine of this model has grammars.", param=param)
 
     async def eligible(self, request: dict[str, Any]) -> list[int]:
-        await self._refresh()
-        return self._constraining if is_constrained(request) else self._compatible
+        engines = await self._compatible()
+        if is_constrained(request):
+            return [each for each, engine in engines.items() if _can_constrain(engine)]
+        return list(engines)
 
-    def _check(self, instance_id: int, engine: EngineDescription | None) -> bool:
-        if engine is None:
-            return True
+    def _tell(self, instance_id: int, engine: EngineDescription) -> None:
         if has_same_tokenizer(engine, self._ours):
             logger.info("engine %x runs %s, %d tokens of context", instance_id, engine.model, engine.context_length)
-            return True
-        logger.error(
-            "engine %x gets no requests: it runs %s, and the tokenizer of %s is another one. Give processor.py the "
-            "engine's model (--model), or the engine this one (--model-path).",
-            instance_id, engine.model, self._ours.model,
-        )  # fmt: skip
-        return False
+        else:
+            logger.error(
+                "engine %x gets no requests: it runs %s, and the tokenizer of %s is another one. Give processor.py the "
+                "engine's model (--model), or the engine this one (--model-path).",
+                instance_id, engine.model, self._ours.model,
+            )  # fmt: skip
+
+
+def _can_constrain(engine: EngineDescription | None) -> bool:
+    return engine is not None and engine.can_constrain
 
 
 class EngineClient(FailoverClient[EngineChunk]):
@@ -238,7 +234,7 @@ class EngineClient(FailoverClient[EngineChunk]):
 
     def __init__(self, client: Client, ours: EngineDescription, metrics: Metrics, wait_s: float) -> None:
         self.directory = EngineDirectory(client, ours)
-        super().__init__(client, self.directory, ENGINE_ANSWERS, metrics, CallLimits(wait_s))
+        super().__init__(client, self.directory, EngineChunk, metrics, CallLimits(wait_s))
 
 
 def has_same_tokenizer(engine: EngineDescription, ours: EngineDescription) -> bool:

@@ -1,7 +1,7 @@
 """Calls that survive the failure of an instance.
 
 `FailoverClient` calls another instance when one fails. An answer that breaks midway goes on elsewhere with what is
-left to do, if its protocol says how (`resume`), or from its beginning, if its caller can drop what it has
+left to do, if its chunks tell (`rest_of`), or from its beginning, if its caller can drop what it has
 (`on_restart`).
 """
 
@@ -14,20 +14,22 @@ from typing import Any, Generic
 import msgspec
 
 from common.dynamo import releases
-from common.dynamo.context import RequestContext as RequestContext
-from common.dynamo.context import when_given_up
 from common.dynamo.instances import CallBroke, Directory, InstanceCall, InstanceFailed, Instances, NotDelivered
-from common.dynamo.network import too_large_for_nats
+from common.dynamo.network import nats_max_payload
 from common.dynamo.runtime import Client
-from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, Unavailable
+from common.dynamo.service import RequestContext as RequestContext
+from common.dynamo.service import when_given_up
+from common.errors import Aborted, BadUpstream, Busy, DeadlineExceeded, RequestTooLarge, Unavailable
 from common.observability.metrics import Metrics
-from common.wire import AnswerProtocol, C, RouteTrace, to_wire
+from common.wire import C, RouteTrace, to_wire
 
 MAX_BROKEN_CALLS = 8  # of one request: it may be what breaks them
 MAX_EMPTY_CHUNKS = 10_000
 MAX_GAP_S, CHUNKS_PER_SECOND = 0.05, 800
 _RETRY_PAUSE_S = 0.05
 _BUSY_PAUSE_S = 1.0
+# Dynamo's own words around a request count for NATS, not for its client: it sends what NATS then refuses.
+_HEADERS_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +62,6 @@ class RoundRobin:
         yield self.next(instance_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk(Generic[C]):
-    """An item of an answer; `.data()` is the chapter's way to what is in it."""
-
-    _data: C
-
-    def data(self) -> C:
-        return self._data
-
-
 @dataclass(frozen=True)
 class CallLimits:
     """wait_s: how long a call waits for an instance, and for a first word of one. answer_s: how long it may take."""
@@ -84,19 +76,19 @@ DEFAULT_LIMITS = CallLimits()
 class FailoverClient(Generic[C]):
     """A client of one endpoint.
 
-    directory: which instances are eligible for a request. protocol: how to read their answers.
+    directory: which instances are eligible for a request. kind: of the chunks of their answers.
     """
 
     def __init__(
         self,
         client: Client,
         directory: Directory,
-        protocol: AnswerProtocol[C],
+        kind: type[C],
         metrics: Metrics,
         limits: CallLimits = DEFAULT_LIMITS,
     ) -> None:
         self._client, self._limits = client, limits
-        self._protocol: AnswerProtocol[C] = protocol
+        self._kind: type[C] = kind
         self._metrics = metrics.calls_of(str(client), client.num_instances)
         self._instances = Instances(client, directory)
         self.choose: Choose = RoundRobin()
@@ -107,7 +99,7 @@ class FailoverClient(Generic[C]):
         *,
         context: RequestContext,
         on_restart: Callable[[], None] | None = None,
-    ) -> AsyncGenerator[Chunk[C], None]:
+    ) -> AsyncGenerator[C, None]:
         """The chunks of one answer, complete, from as many instances as it takes; none after `context` is stopped.
 
         Leaving the stream early stops the worker. on_restart: called where the caller shall drop what it has got,
@@ -124,7 +116,7 @@ class FailoverClient(Generic[C]):
 
     async def _answer(
         self, request: dict[str, Any], context: RequestContext, on_restart: Callable[[], None] | None
-    ) -> AsyncGenerator[Chunk[C], None]:
+    ) -> AsyncGenerator[C, None]:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._limits.wait_s
         ends_at = None if self._limits.answer_s is None else loop.time() + self._limits.answer_s
@@ -150,24 +142,21 @@ class FailoverClient(Generic[C]):
                         async for chunk in chunks:
                             record.received(chunk)
                             delivered.append(chunk)
-                            yield Chunk(chunk)
+                            yield chunk
                     return
-            except Busy:
+            except (Busy, InstanceFailed) as failure:
                 record.broke()
                 if context.is_stopped():
                     return
-                if is_begun or delivered:  # what was delivered is worth waiting for the rest
+                if isinstance(failure, InstanceFailed):
+                    self._instances.quarantine(instance_id, failure)
+                    if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
+                        num_broken_calls += 1
+                        deadline = loop.time() + self._limits.wait_s
+                elif is_begun or delivered:  # what was delivered is worth waiting for the rest
                     await asyncio.sleep(_BUSY_PAUSE_S)
                 else:
                     busy.add(instance_id)
-            except InstanceFailed as failure:
-                record.broke()
-                if context.is_stopped():
-                    return
-                self._instances.quarantine(instance_id, failure)
-                if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
-                    num_broken_calls += 1
-                    deadline = loop.time() + self._limits.wait_s
             if loop.time() > deadline:
                 raise Unavailable(f"No instance of {self._client} answers.")
             is_begun = is_begun or bool(delivered)
@@ -175,18 +164,15 @@ class FailoverClient(Generic[C]):
             if delivered and on_restart is not None:
                 on_restart()
             elif delivered:
-                rest = self._rest_of(request, delivered)
+                rest = self._kind.rest_of(request, delivered)
+                if rest is None:
+                    raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
                 if not isinstance(rest, dict):
-                    yield Chunk(rest)
+                    yield rest
                     return
                 request = rest
             await asyncio.sleep(_RETRY_PAUSE_S)
         raise BadUpstream(f"{MAX_BROKEN_CALLS} calls of {self._client} broke; giving up on this request.")
-
-    def _rest_of(self, request: dict[str, Any], delivered: list[C]) -> dict[str, Any] | C:
-        if self._protocol.resume is None:
-            raise BadUpstream(f"An instance of {self._client} broke in the middle of its answer.")
-        return self._protocol.resume(request, delivered)
 
     async def _attempt(
         self, request: dict[str, Any], instance_id: int, context: RequestContext, ends_at: float | None
@@ -227,7 +213,7 @@ class FailoverClient(Generic[C]):
 
     def _read(self, data: Any) -> C:
         try:
-            return self._protocol.read(data)
+            return self._kind.read(data)
         except Aborted as aborted:
             raise InstanceFailed("it gave the request up") from aborted
 
@@ -266,3 +252,14 @@ class FailoverClient(Generic[C]):
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(f"The answer took longer than {self._limits.answer_s:g} seconds.")
+
+
+async def too_large_for_nats(request: dict[str, Any], error: Exception) -> RequestTooLarge | None:
+    """What to tell the client where `error`, of a call, came of the request's size: no other instance would take it."""
+    is_told = releases.is_too_large(error)
+    if not is_told and not releases.is_unanswered(error):
+        return None
+    size, limit = releases.size_on_nats(request), await nats_max_payload()
+    if not is_told and (limit is None or size <= limit - _HEADERS_BYTES):
+        return None
+    return RequestTooLarge(f"The request takes {size} bytes on NATS, which carries {limit or 'less'} (max_payload).")

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from common.dynamo.context import RequestContext
 from common.dynamo.runtime import Client, Context
+from common.dynamo.service import RequestContext
 from common.environment import DRAIN_TIMEOUT_S
 from common.errors import Unavailable
 

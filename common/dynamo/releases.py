@@ -39,7 +39,7 @@ prepare_environment()
 from dynamo import _core  # noqa: E402
 from dynamo.runtime import Context as Context  # noqa: E402
 from dynamo.runtime import DistributedRuntime  # noqa: E402
-from dynamo.runtime.logging import configure_dynamo_logging as _configure_dynamo_logging  # noqa: E402
+from dynamo.runtime.logging import configure_dynamo_logging as configure_dynamo_logging  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,6 @@ _RULED_OUT = "not found for endpoint"
 _TOO_LARGE = "payload is too large"
 _UNANSWERED = ("CannotConnect", "Unavailable", "no responders", "deadline has elapsed", "Unlinked request", _RULED_OUT)
 _BROKEN = ("Stream ended before generation completed", "engine shutting down", "Cancelled")
-
-
-def configure_dynamo_logging() -> None:
-    """Send Python's log records through Dynamo's logger, so that Python and Rust lines look the same."""
-    _configure_dynamo_logging()
-    for chatty in ("httpx", "httpcore", "asyncio", "uvicorn.access"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 async def open_runtime() -> Any:

@@ -1,4 +1,6 @@
-"""What every handler needs and the chapter does not teach, as one wrapper around it.
+"""What every handler needs and the chapter does not teach: one wrapper around it, and a context for each request.
+
+Cancellation crosses processes: whoever stops waiting for an answer stops whoever makes it.
 
 The wrapper answers `{"describe": true}`, reads the request's dict into the type that the handler's signature names,
 keeps the request's record (metrics, log line, span, path), and turns chunks and errors into dicts again.
@@ -12,29 +14,107 @@ reader that stalls delays its own stream and no other.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
 
 import msgspec
 
-from common.dynamo.connection import Connection
-from common.dynamo.context import RequestContext as RequestContext
 from common.dynamo.releases import Context
 from common.errors import InternalError, PipelineError
 from common.observability.metrics import Metrics
-from common.observability.request_records import RequestRecords
+from common.observability.request_records import RequestRecord, RequestRecords
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.wire import EngineRequest, Envelope, WorkerQuestion, read_engine_request, read_worker_question, to_wire
+from common.wire import EngineRequest, Envelope, WorkerQuestion, to_wire
 
 logger = logging.getLogger(__name__)
 
-_READERS: dict[type, Callable[[dict[str, Any]], Any]] = {
-    ChatCompletionRequest: parse_chat_request,
-    EngineRequest: read_engine_request,
-    WorkerQuestion: read_worker_question,
-}
+POLL_S = 0.05
+
+
+class _Watcher:
+    """Looks at the contexts of all requests in flight in turn, as long as there are any.
+
+    Dynamo can wake a coroutine when a context is stopped, but each such wait costs a task on its side and a hand-over
+    of the interpreter lock, for every request, though hardly any is ever cancelled. Looking costs next to nothing.
+    """
+
+    def __init__(self) -> None:
+        self._watched: dict[object, tuple[Context, Callable[[], None]]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, context: Context, action: Callable[[], None]) -> object:
+        key = object()
+        self._watched[key] = (context, action)
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._loop is not loop:  # the timer of a loop that has ended rings no more
+            self._loop, self._timer = loop, loop.call_later(POLL_S, self._look)
+        return key
+
+    def remove(self, key: object) -> None:
+        self._watched.pop(key, None)
+
+    def _look(self) -> None:
+        # A copy: asking Dynamo lets other threads run, and what they drop may add or remove.
+        stopped = [(key, action) for key, (context, action) in self._watched.copy().items() if context.is_stopped()]
+        for key, action in stopped:
+            self.remove(key)
+            try:
+                action()
+            except Exception:  # one action's bug is not the others'
+                logger.exception("could not stop what a caller gave up")
+        self._timer = asyncio.get_running_loop().call_later(POLL_S, self._look) if self._watched else None
+
+
+_watcher = _Watcher()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestContext:
+    """What a handler gets beside the request, and passes on to the calls that it makes for it.
+
+    raw: Dynamo's own context, which is stopped when the caller gives up. record: of the request, in this process.
+    """
+
+    raw: Context
+    record: RequestRecord
+
+    def is_stopped(self) -> bool:
+        return bool(self.raw.is_stopped())
+
+    async def stopped(self) -> None:
+        """Return when the caller has given up, or has all that it wanted."""
+        is_stopped = asyncio.Event()
+        with when_stopped(self.raw, is_stopped.set):
+            await is_stopped.wait()
+
+
+@contextmanager
+def when_stopped(context: Context, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` within POLL_S after the caller gave up, as long as the block lasts."""
+    key = _watcher.add(context, action)
+    try:
+        yield
+    finally:
+        _watcher.remove(key)
+
+
+@contextmanager
+def when_given_up(context: Context, action: Callable[[], None]) -> Iterator[None]:
+    """Run `action` when the caller gave up, and when the block is left early.
+
+    So an engine is told to stop when the client goes away, when a stop string was found, and when we fail.
+    """
+    with when_stopped(context, action):
+        try:
+            yield
+        except BaseException:  # GeneratorExit and CancelledError above all
+            action()
+            raise
+
 
 R = TypeVar("R", ChatCompletionRequest, EngineRequest, WorkerQuestion)
 TypedHandler = Callable[[R, RequestContext], AsyncGenerator[Any, None]]
@@ -50,7 +130,8 @@ class service(Generic[R]):  # lower case: it reads as the decorator that it is
         self, handler: TypedHandler[R], *, description: msgspec.Struct | Callable[[], Awaitable[msgspec.Struct]]
     ) -> None:
         self._handler: TypedHandler[R] = handler
-        self._read = _READERS[get_type_hints(handler)["request"]]
+        kind = get_type_hints(handler)["request"]
+        self._read: Callable[[dict[str, Any]], Any] = parse_chat_request if kind is ChatCompletionRequest else kind.read
         self._description = description
 
     def count_in(self, metrics: Metrics) -> None:
@@ -95,14 +176,14 @@ class ResponseSender(Protocol):
 
 
 class Serving:
-    """A handler as an endpoint serves it: `num_in_flight` of the connection counts its requests, until all is sent.
+    """A handler as an endpoint serves it. num_in_flight: its requests, until all of their answers is sent.
 
-    graceful_shutdown: whether a process that stops waits for them.
+    run_in_background: starts what nobody waits for.
     """
 
-    def __init__(self, handler: Handler, connection: Connection, *, graceful_shutdown: bool = True) -> None:
-        self._handler, self._connection = handler, connection
-        self._num_open, self._is_waited_for = 0, graceful_shutdown
+    def __init__(self, handler: Handler, run_in_background: Callable[[Coroutine[Any, Any, None]], None]) -> None:
+        self._handler, self._run_in_background = handler, run_in_background
+        self.num_in_flight = 0
         self._loop = asyncio.get_running_loop()
         self._sweeping: asyncio.TimerHandle | None = None
 
@@ -111,7 +192,7 @@ class Serving:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """What Dynamo calls. Yields nothing where there is a sender."""
         stream = self._handler(request, context)
-        self._count(1)
+        self.num_in_flight += 1
         if self._sweeping is None:
             self._sweep()
         try:
@@ -123,16 +204,12 @@ class Serving:
         except GeneratorExit:
             # Dynamo drops a stream that nobody reads in a thread of its own, where nothing can be awaited.
             with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(lambda: self._connection.run_in_background(self._close(stream)))
+                self._loop.call_soon_threadsafe(lambda: self._run_in_background(self._close(stream)))
             raise
         except BaseException:
-            self._count(-1)
+            self.num_in_flight -= 1
             raise
-        self._count(-1)
-
-    def _count(self, num_more: int) -> None:
-        self._num_open += num_more
-        self._connection.num_in_flight += num_more * self._is_waited_for
+        self.num_in_flight -= 1
 
     def _sweep(self) -> None:
         """Close the streams that Dynamo has dropped, twice a second while requests are in flight.
@@ -141,7 +218,7 @@ class Serving:
         worker that has become idle nobody does, and the handler would stay suspended.
         """
         Context().is_stopped()
-        self._sweeping = self._loop.call_later(SWEEP_S, self._sweep) if self._num_open else None
+        self._sweeping = self._loop.call_later(SWEEP_S, self._sweep) if self.num_in_flight else None
 
     async def _push(self, stream: AsyncGenerator[dict[str, Any], None], sender: ResponseSender) -> None:
         num_bytes = 0
@@ -181,4 +258,4 @@ class Serving:
         try:
             await stream.aclose()
         finally:
-            self._count(-1)
+            self.num_in_flight -= 1

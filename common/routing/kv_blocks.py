@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from common.dynamo.context import when_stopped
 from common.dynamo.releases import Context
+from common.dynamo.service import when_stopped
 from common.wire import (
     KV_BLOCK_SIZE,
     NUM_LOWEST_HASHES,

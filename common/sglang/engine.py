@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 
-from common.dynamo.context import RequestContext, when_stopped
+from common.dynamo.service import RequestContext, when_stopped
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.openai.json_schema import GRAMMAR_FAILED
 from common.sampling import sglang_sampling_params

@@ -5,7 +5,7 @@ import pytest
 from common.errors import InvalidRequest
 from common.openai.request import parse_chat_request
 from common.sampling import engine_request, sglang_sampling_params
-from common.wire import EngineRequest, read_engine_request, to_wire
+from common.wire import EngineRequest, to_wire
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 DEFAULTS: dict[str, float | int] = {"temperature": 0.2, "top_p": 0.9}
@@ -18,7 +18,7 @@ def over_the_wire(**fields: object) -> tuple[dict[str, object], EngineRequest]:
     except InvalidRequest as error:
         pytest.fail(f"the frontend refuses {fields}: {error.message}", pytrace=False)
     wire = to_wire(engine_request(chat, [1, 2, 3], 0, 5, DEFAULTS))
-    return wire, read_engine_request(wire)
+    return wire, EngineRequest.read(wire)
 
 
 def test_false_crosses_the_wire_and_makes_sglang_greedy() -> None:
@@ -45,7 +45,7 @@ def test_what_is_left_out_is_not_sent() -> None:
 
 
 def test_an_engine_that_does_not_know_it_still_reads_the_request() -> None:
-    assert read_engine_request({"token_ids": [1], "sampling_options": {"another_field": 1}}).token_ids == [1]
+    assert EngineRequest.read({"token_ids": [1], "sampling_options": {"another_field": 1}}).token_ids == [1]
 
 
 @pytest.mark.parametrize("value", ["no", 0, [], 1.0])
