@@ -77,6 +77,7 @@ def answer(folder: str) -> dict[str, Any]:
 
 def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from common.sglang.engine_args import parse_engine_args
+    from common.sglang.sampler import supports_seed
 
     for name, options in COMMAND_LINES.items():
         stderr = io.StringIO()
@@ -86,8 +87,6 @@ def parsed(folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except SystemExit as exit_:
             yield name, {"exit_code": exit_.code, "stderr": stderr.getvalue()}
         else:
-            from common.sglang.request_seeds import supports_seed  # like SGLang itself, not before the plugins are on
-
             plain = {field: value for field, value in vars(server_args).items() if isinstance(value, str | int | float)}
             graphs = server_args.cuda_graph_config
             yield (

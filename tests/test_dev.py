@@ -36,7 +36,7 @@ SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in (*COMPONENTS, "ro
         ("common/http/__init__.py", {"frontend"}),
         ("common/text/choice.py", {"processor"}),
         ("common/sglang/engine.py", {"engine"}),
-        ("common/sglang/request_seeds.py", {"engine"}),  # imported within a function
+        ("common/sglang/sampler.py", {"engine"}),  # imported within a function
         ("common/dynamo/failover.py", {"frontend", "processor"}),
         ("common/routing/kv_index.py", {"router"}),
         ("common/wire.py", {"frontend", "processor", "engine", "router"}),

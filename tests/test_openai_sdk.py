@@ -12,7 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionTokenLogprob
 from tokenizers import Tokenizer
 
-from common.sglang.seeded_sampling import gumbel_noise
+from common.sglang.sampler import gumbel_noise
 from tests.processes import Pipeline
 from tests.tokenizers_for_tests import ids_by_bytes
 

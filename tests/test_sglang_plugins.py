@@ -54,8 +54,11 @@ def test_in_the_engine_they_act() -> None:
     assert probe()["current_platform"] == "CpuTorchNativePlatform"
     assert {".".join(hook.split(".")[-2:]) for hook in probe()["hooks"]} == {
         "SchedulerRequestReceiver._pull_raw_reqs",
-        "sampling_batch_info.SamplingBatchInfo",
-        "SamplingParams.verify",
+        "SamplingBatchInfo.adjusted_from_schedule_batch",
+        "SamplingBatchInfo.adjusted_merge_batch",
+        "SamplingBatchInfo.adjusted_filter_batch",
+        "SamplingBatchInfo.copy_for_forward",
+        "Sampler._sample_from_probs",
         "sampling_params.raise_if_tokenizer_required",
         "BatchedMinNewTokensPenalizer._prepare",
         "GrammarManager.__init__",

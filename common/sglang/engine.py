@@ -38,7 +38,7 @@ class SGLangEngine:
         from sglang.srt.entrypoints.engine import Engine
 
         from common.sglang.grammars import can_constrain
-        from common.sglang.request_seeds import supports_seed
+        from common.sglang.sampler import supports_seed
 
         keep_ports_local(server_args)
         self._engine = Engine(server_args=server_args)

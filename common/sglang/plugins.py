@@ -37,10 +37,9 @@ def prefill_batching() -> None:
 
 
 def request_seeds() -> None:
-    """And grammars and min_tokens: what else a request asks of the sampler. An older environment has them, too."""
+    """And grammars, and what else a request asks of the sampler. An older environment has them, too."""
     if _are_on():
-        from common.sglang import grammars, min_tokens, request_seeds
+        from common.sglang import grammars, sampler
 
-        request_seeds.register()
+        sampler.register()
         grammars.register()
-        min_tokens.register()

@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
-from common.sglang.seeded_sampling import gumbel_noise, kept_tokens, sample_with_seeds, to_int64
+from common.sglang.sampler import gumbel_noise, kept_tokens, prepare_min_tokens, sample_with_seeds, to_int64
 
 # seeds 0 and -1 at positions 0 and 5, tokens 0 to 2, reckoned with Python's integers
 SPLITMIX64 = [[-3.60377899297, 2.086843676967, 0.173850076345], [-0.226443221099, 0.05130770453, -0.86416391423]]
+VOCAB_SIZE = 8
 PROBS = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
 
 
@@ -69,3 +73,31 @@ def test_integers_of_any_size_fold_into_an_int64() -> None:
     assert to_int64(2**63) == -(2**63)
     assert to_int64(-(2**63) - 1) == 2**63 - 1
     assert to_int64(2**64 + 3) == 3
+
+
+def request(
+    min_tokens: int,
+    *,
+    eos: set[int] | None,
+    stop: set[int] | None = None,
+    num_output_tokens: int = 0,
+    grammar: object = None,
+) -> Any:
+    params = SimpleNamespace(min_new_tokens=min_tokens, stop_token_ids=stop)
+    ids = [0] * num_output_tokens
+    return SimpleNamespace(sampling_params=params, eos_token_ids=eos, output_ids=ids, grammar=grammar)
+
+
+def test_end_tokens_are_banned_for_those_who_ask_for_it_and_for_nobody_else() -> None:
+    requests = [
+        request(3, eos={2, VOCAB_SIZE + 5}, stop={4}),  # a configuration may name tokens that the model does not have
+        request(0, eos={2}, stop={4}),
+        request(5, eos=None, num_output_tokens=2),
+        request(3, eos={2}, grammar="at its end nothing else may come"),
+    ]
+    orchestrator = SimpleNamespace(reqs=lambda: requests, vocab_size=VOCAB_SIZE, device="cpu")
+    penalizer = SimpleNamespace(orchestrator=orchestrator)
+    prepare_min_tokens(penalizer)
+    assert penalizer.min_new_tokens.tolist() == [[3], [0], [5], [3]]
+    assert penalizer.len_output_tokens.tolist() == [[0], [0], [2], [0]]
+    assert torch.isinf(penalizer.stop_token_penalties).nonzero().tolist() == [[0, 2], [0, 4]]
