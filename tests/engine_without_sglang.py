@@ -10,7 +10,7 @@ import uvloop
 from common.dynamo.runtime import configure_dynamo_logging
 from common.dynamo.service import RequestContext
 from common.sglang.engine import SGLangEngine
-from common.sglang.stream_pace import Output
+from common.sglang.pacing import Output
 from common.wire import EngineDescription, EngineRequest
 from engine import worker
 

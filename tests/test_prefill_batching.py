@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from common.sglang import prefill_batching
-from common.sglang.prefill_batching import INTERRUPTIONS_PER_STREAM, MAX_INTERRUPTIONS, MAX_WAIT_S, PrefillBatching
+from common.sglang import pacing
+from common.sglang.pacing import INTERRUPTIONS_PER_STREAM, MAX_INTERRUPTIONS, MAX_WAIT_S, PrefillBatching
 from tests.sglang_probe import probe
 
 
@@ -140,7 +140,7 @@ def pull(from_: Any) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch, batching: PrefillBatching) -> None:
-    monkeypatch.setattr(prefill_batching, "_batching", batching)
+    monkeypatch.setattr(pacing, "_batching", batching)
 
 
 @pytest.mark.parametrize("name", ["recv_from_tokenizer", "recv_from_rpc"])
@@ -148,14 +148,14 @@ def test_nothing_stays_in_a_socket_for_good(clock: Clock, batching: PrefillBatch
     interrupt(batching, clock, 100, 0.01)
     reading = receiver()
     getattr(reading, name).requests.append("a request")
-    assert prefill_batching.take_in_batches(pull, reading) == []
+    assert pacing.take_in_batches(pull, reading) == []
     clock.now_s += MAX_WAIT_S
-    assert prefill_batching.take_in_batches(pull, reading) == ["a request"]
+    assert pacing.take_in_batches(pull, reading) == ["a request"]
 
 
 def test_only_the_rank_that_reads_the_sockets_decides(clock: Clock, batching: PrefillBatching) -> None:
     interrupt(batching, clock, 100, 0.01)
-    assert prefill_batching.take_in_batches(lambda _: None, receiver(rank=1)) is None
+    assert pacing.take_in_batches(lambda _: None, receiver(rank=1)) is None
 
 
 def test_sglang_loads_it_and_still_has_what_it_stands_around() -> None:

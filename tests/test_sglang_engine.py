@@ -16,7 +16,7 @@ from common.dynamo.service import RequestContext
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.openai.json_schema import GRAMMAR_FAILED
 from common.sglang.engine import SGLangEngine
-from common.sglang.stream_pace import Output, StreamPace
+from common.sglang.pacing import Output, StreamPace
 from common.wire import SCHEMA_PARAM, EngineDescription, EngineRequest, OutputOptions, SamplingOptions, StopConditions
 from tests.contexts import request_context
 

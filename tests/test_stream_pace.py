@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from common.sglang.stream_pace import (
+from common.sglang.pacing import (
     ITEMS_PER_SECOND,
     MAX_GAP_S,
     MAX_ITEMS_PER_SECOND,

@@ -206,7 +206,7 @@ class FailoverClient(Generic[C]):
                 held = None
 
     async def _waits_for_more(self, call: InstanceCall, *, is_streamed: bool) -> bool:
-        """Whether a token waits for the next one. All streams share a budget of chunks, as in `stream_pace`."""
+        """Whether a token waits for the next one. All streams share a budget of chunks, as in `StreamPace`."""
         if not is_streamed:  # nobody minds when it comes
             return call.pace.is_passed_on_within(MAX_GAP_S)
         return await call.comes_within(min(MAX_GAP_S, self._instances.num_calls / CHUNKS_PER_SECOND))

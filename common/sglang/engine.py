@@ -17,7 +17,7 @@ from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.openai.json_schema import GRAMMAR_FAILED
 from common.sampling import sglang_sampling_params
 from common.sglang.engine_args import keep_ports_local, parse_engine_args
-from common.sglang.stream_pace import Output, StreamPace
+from common.sglang.pacing import Output, StreamPace
 from common.text.vocabulary import tokenizer_sha256
 from common.wire import SCHEMA_PARAM, EngineChunk, EngineDescription, EngineRequest
 

@@ -31,7 +31,7 @@ def cpu_platform() -> str | None:
 def prefill_batching() -> None:
     """Prefill batching."""
     if _are_on():
-        from common.sglang.prefill_batching import register
+        from common.sglang.pacing import register
 
         register()
 
