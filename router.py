@@ -10,7 +10,6 @@ as long as that worker is at it, which is how the router knows what each has to 
 import math
 import random
 import time
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
@@ -21,8 +20,7 @@ from common.dynamo.runtime import DistributedRuntime, configure_dynamo_logging, 
 from common.dynamo.service import RequestContext, service
 from common.observability.metrics import Metrics
 from common.routing.kv_blocks import block_hashes, chained_hashes, unpacked
-from common.routing.kv_index import KvIndex
-from common.routing.load import Booking, WorkerLoad
+from common.routing.workers import Booking, KvIndex, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, RouterDescription, WorkerFound, WorkerQuestion
 
 # Costs beside that of a block which waits to be computed: of a block that this prompt adds (what is computed in vain is
@@ -65,11 +63,11 @@ POLICIES: dict[str, Policy] = {"kv": kv, "least-loaded": least_loaded, "round-ro
 
 
 class RequestHandler:
-    """Answers `find_worker` requests. loads: by worker."""
+    """Answers `find_worker` requests."""
 
-    def __init__(self, policy: Policy, temperature: float, index: KvIndex, loads: defaultdict[int, WorkerLoad]) -> None:
+    def __init__(self, policy: Policy, temperature: float, index: KvIndex) -> None:
         self.policy, self.temperature = policy, temperature
-        self.index, self.loads = index, loads
+        self.index, self.loads = index, index.loads
         self.num_choices = 0
         self.named: set[int] = set()
 
@@ -122,14 +120,13 @@ class RequestHandler:
 @dynamo_worker(static=False)
 async def worker(runtime: DistributedRuntime, args: RouterArgs) -> None:
     namespace = runtime.namespace("inference")
-    loads: defaultdict[int, WorkerLoad] = defaultdict(WorkerLoad)
     kv_events = await namespace.component("engine").endpoint("kv_events").client()
-    index = KvIndex(kv_events, on_stored=lambda worker_id, hashes: loads[worker_id].has_cached(hashes))
+    index = KvIndex(kv_events)
     runtime.run_in_background(index.follow())
 
     component = namespace.component("router")
     await component.create_service()
-    handler = RequestHandler(POLICIES[args.policy], args.temperature, index, loads)
+    handler = RequestHandler(POLICIES[args.policy], args.temperature, index)
     find_worker = service(handler.find_worker, description=RouterDescription(args.policy))
     # Those who ask need no more than the answer: nobody waits for a stream's end.
     await component.endpoint("find_worker").serve_endpoint(find_worker, graceful_shutdown=False)

@@ -1,14 +1,12 @@
 """A router's parts, without a process."""
 
-from collections import defaultdict
 from typing import Any, cast
 
 import msgspec
 
 from common.dynamo.runtime import Client
 from common.routing.kv_blocks import block_hashes
-from common.routing.kv_index import KvIndex
-from common.routing.load import WorkerLoad
+from common.routing.workers import KvIndex
 from common.wire import KvEvents
 
 
@@ -16,8 +14,8 @@ class Told:
     """A router's index, told by hand."""
 
     def __init__(self) -> None:
-        self.loads: defaultdict[int, WorkerLoad] = defaultdict(WorkerLoad)
-        self.index = KvIndex(cast("Client", None), lambda worker, hashes: self.loads[worker].has_cached(hashes))
+        self.index = KvIndex(cast("Client", None))
+        self.loads = self.index.loads
 
     def tell(self, worker_id: int, message: dict[str, Any]) -> None:
         self.index.telling.add(worker_id)

@@ -38,7 +38,7 @@ SOURCES = {name: Source(ROOT / f"{name}.py", ROOT) for name in (*COMPONENTS, "ro
         ("common/sglang/engine.py", {"engine"}),
         ("common/sglang/sampler.py", {"engine"}),  # imported within a function
         ("common/dynamo/failover.py", {"frontend", "processor"}),
-        ("common/routing/kv_index.py", {"router"}),
+        ("common/routing/workers.py", {"router"}),
         ("common/wire.py", {"frontend", "processor", "engine", "router"}),
         ("launch/run.py", set()),
         ("README.md", set()),

@@ -16,9 +16,9 @@ import pytest
 import router
 from common.dynamo.runtime import Context
 from common.errors import InvalidRequest
-from common.routing import kv_blocks, kv_index
+from common.routing import kv_blocks, workers
 from common.routing.kv_blocks import CachedBlocks, block_hashes, packed
-from common.routing.load import Booking, WorkerLoad
+from common.routing.workers import Booking, WorkerLoad
 from common.wire import KV_BLOCK_SIZE, WorkerFound, WorkerQuestion, to_wire
 from router import POLICIES, Policy, RequestHandler, kv
 from tests.contexts import request_context
@@ -102,7 +102,7 @@ def test_a_router_that_is_too_far_behind_hears_no_more(monkeypatch: pytest.Monke
 
 
 def test_an_index_that_was_built_anew_knows_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_index, "MAX_REMOVED", 40)
+    monkeypatch.setattr(workers, "MAX_REMOVED", 40)
     told = Told()
     tree = told.index._tree
     common, rests = prompt(1, 320), [prompt(number, 320) for number in range(2, 6)]
@@ -185,7 +185,7 @@ class Chooser:
 
     def __init__(self, policy: Policy = kv, temperature: float = 0.0) -> None:
         self.told = Told()
-        self.handler = RequestHandler(policy, temperature, self.told.index, self.told.loads)
+        self.handler = RequestHandler(policy, temperature, self.told.index)
         self.open: list[AsyncGenerator[WorkerFound, None]] = []
         self.context = request_context("router")
 

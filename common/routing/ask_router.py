@@ -21,7 +21,7 @@ T = TypeVar("T")
 MAX_QUESTIONS = 8
 ANSWER_TIMEOUT_S = 0.05
 ASKING_TIMEOUT_S = 0.25  # from the request's arrival here: for its turn to ask, and for the answer
-_NUM_LOOKS, _LOOK_S = 5, ANSWER_TIMEOUT_S / 5
+_NUM_LOOKS = 10
 # A router that failed, or has answered nobody for SILENCE_S, is not asked for REST_S, or until a late answer comes.
 REST_S = 0.5
 SILENCE_S = 0.1
@@ -54,9 +54,7 @@ class AskRouter:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASKING_TIMEOUT_S):
                         chosen = await self._ask(request, instance_ids, context, booking)
-            if chosen is None:
-                chosen = self._without.next(instance_ids)
-            yield chosen
+            yield chosen or self._without.next(instance_ids)
 
     async def _ask(
         self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext, booking: AsyncExitStack
@@ -105,7 +103,9 @@ class AskRouter:
         async def ask() -> tuple[WorkerFound, AsyncIterator[Any]]:
             stream = await self._client.direct(question, router_id, context)
             found = msgspec.convert(await anext(stream), WorkerFound)
-            self._note_answer(router_id)
+            # Also if it is too late for the request: in a burst of long prompts this process may be slow.
+            self._last_answer_s, self._is_announced = time.monotonic(), False
+            self._rests_until.pop(router_id, None)
             return found, stream
 
         async def end() -> None:
@@ -132,14 +132,8 @@ class AskRouter:
             ending.add_done_callback(self._ending.discard)
 
     async def _router(self) -> int | None:
-        now = time.monotonic()
-        self._rests_until = {router_id: until for router_id, until in self._rests_until.items() if until > now}
-        return min((each for each in await self._client.instance_ids() if each not in self._rests_until), default=None)
-
-    def _note_answer(self, router_id: int) -> None:
-        """It answers, also if it is too late for the request: in a burst of long prompts this process may be slow."""
-        self._last_answer_s, self._is_announced = time.monotonic(), False
-        self._rests_until.pop(router_id, None)
+        now, ids = time.monotonic(), await self._client.instance_ids()
+        return min((each for each in ids if self._rests_until.get(each, now) <= now), default=None)
 
     def _rest(self, router_id: int, error: Exception) -> None:
         """Ask it no more for a while."""
@@ -150,16 +144,13 @@ class AskRouter:
 
 
 async def within_loop_time(answer: asyncio.Future[T]) -> T:
-    """Its result, if it comes within ANSWER_TIMEOUT_S. Time in which the event loop is busy does not count: answers
+    """Its result, if it comes within ANSWER_TIMEOUT_S. Of time in which the event loop is busy little counts: answers
     that are there already wait to be seen.
 
     Raises:
         TimeoutError: nothing until then.
     """
-    num_looks = _NUM_LOOKS
-    while num_looks:
-        began_s = time.monotonic()
-        if (await asyncio.wait((answer,), timeout=_LOOK_S))[0]:
+    for _ in range(_NUM_LOOKS):
+        if (await asyncio.wait((answer,), timeout=ANSWER_TIMEOUT_S / _NUM_LOOKS))[0]:
             return answer.result()
-        num_looks -= time.monotonic() - began_s < 2 * _LOOK_S
     raise TimeoutError

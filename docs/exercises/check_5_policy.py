@@ -3,7 +3,7 @@
 import pytest
 
 from common.arguments import parse_router_args
-from common.routing.load import WorkerLoad
+from common.routing.workers import WorkerLoad
 from router import POLICIES, Candidate
 
 
