@@ -15,10 +15,9 @@ import psutil
 
 from bench.client import Load
 from bench.hops import measure_hops
-from bench.measures import Measures
 from bench.peers import PEERS, Peer, Setting
 from bench.processes import ROOT, frozen
-from bench.report import row, write_report
+from bench.report import Measures, measures, row, write_report
 from bench.routing import POLICIES, ROUTED, Replicas, measure_routing
 from bench.serving import BenchServing
 
@@ -124,7 +123,7 @@ def measure_all(peers: Sequence[Peer], loads: Sequence[Load], num_rounds: int, u
 def measure(peer: Peer, load: Load) -> Measures:
     peer.take(replace(load, requests_per_user=1, first_prompt=load.first_prompt + _PROMPTS_PER_LOAD))  # warms it up
     before = [child.usage() for child in peer.children]
-    measured = peer.take(load)
+    measured = measures(peer.name, load, peer.take(load))
     for child, (cpu_s_before, _) in zip(peer.children, before, strict=True):
         cpu_s, measured.rss_mib[child.name] = child.usage()
         measured.cpu_ms_per_request[child.name] = (cpu_s - cpu_s_before) * 1000 / load.num_requests

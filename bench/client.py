@@ -73,7 +73,7 @@ class Reply:
 @dataclass
 class Outcome:
     replies: list[Reply]
-    started_at: float
+    seconds: float
     client_cpu_s: float = 0.0
 
 
@@ -149,10 +149,10 @@ async def _run(url: str, model: str, load: Load) -> Outcome:
 
     started_at, cpu_before = time.perf_counter(), time.process_time()
     answered = await asyncio.gather(*(user(*each) for each in enumerate(connections)))
-    client_cpu_s = time.process_time() - cpu_before
+    seconds, client_cpu_s = time.perf_counter() - started_at, time.process_time() - cpu_before
     for connection in connections:
         connection.close()
-    return Outcome([reply for replies in answered for reply in replies], started_at, client_cpu_s)
+    return Outcome([reply for replies in answered for reply in replies], seconds, client_cpu_s)
 
 
 def run_load(url: str, model: str, load: Load) -> Outcome:

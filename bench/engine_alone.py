@@ -41,7 +41,7 @@ async def _answer(engine: Any, load: Load, prompts: list[list[int]]) -> Outcome:
 
     started_at = time.perf_counter()
     answered = await asyncio.gather(*(user(index) for index in range(load.num_users)))
-    return Outcome([reply for replies in answered for reply in replies], started_at)
+    return Outcome([reply for replies in answered for reply in replies], time.perf_counter() - started_at)
 
 
 async def _serve(engine: Any, tokenizer: Any, answers: int) -> None:

@@ -12,9 +12,8 @@ from typing import IO, ClassVar
 import psutil
 
 from bench.client import Load, Outcome, Reply, run_load
-from bench.measures import Measures, of_bench_serving, of_outcome
 from bench.processes import PYTHONPATH, Child, Infra, answers, free_port, wait_until
-from bench.serving import BenchServing, load_args
+from bench.serving import BenchServing, load_args, outcome_of
 
 # SGLang's own server and Dynamo's processes log lines for every request; ours keep their default of one line each.
 QUIET = {"DYN_LOG": "error"}
@@ -77,11 +76,11 @@ class Peer:
         body = {"model": self.setting.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
         return answers(f"{self.url}/v1/chat/completions", json.dumps(body).encode())
 
-    def take(self, load: Load) -> Measures:
+    def take(self, load: Load) -> Outcome:
         if self.setting.bench_serving is None:
-            return of_outcome(self.name, load, run_load(self.url, self.setting.model, load))
+            return run_load(self.url, self.setting.model, load)
         where = ["--base-url", self.url, "--model", self.setting.model]
-        return of_bench_serving(self.name, load, self.setting.bench_serving.run([*where, *load_args(load)]))
+        return outcome_of(self.setting.bench_serving.run([*where, *load_args(load)]), load)
 
     def schedulers(self) -> list[psutil.Process]:
         """SGLang's processes that burn a core while they wait."""
@@ -224,13 +223,13 @@ class EngineAlone(Peer):
         self.children[0].check()
         return bool(select.select([self._stdout], [], [], 1.0)[0]) and self._stdout.readline() == b"ready\n"
 
-    def take(self, load: Load) -> Measures:
+    def take(self, load: Load) -> Outcome:
         stdin = self.children[0].popen.stdin
         assert stdin is not None
         stdin.write(json.dumps(asdict(load)).encode() + b"\n")
         stdin.flush()
         found = json.loads(self._stdout.readline())
-        return of_outcome(self.name, load, Outcome([Reply(**reply) for reply in found["replies"]], found["started_at"]))
+        return Outcome([Reply(**reply) for reply in found["replies"]], found["seconds"])
 
     @property
     def _stdout(self) -> IO[bytes]:

@@ -1,28 +1,87 @@
-"""The table and the plot; `python -m bench.report FILE.json` makes them again."""
+"""The figures of the loads, their table and their plot."""
 
-import json
 import statistics
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
-from bench.measures import Measures
+from bench.client import Load, Outcome
 from bench.peers import PEERS
 
-Key = tuple[int, int, int, bool, str]
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Nearest rank; 0 for no values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] if ordered else 0.0
 
 
-def key_of(measured: Measures) -> Key:
-    """One peer under one load."""
-    of = measured
-    return (of.max_tokens, of.num_prompt_words, of.concurrency, of.is_stream, of.peer)
+@dataclass
+class Measures:
+    """Times in milliseconds, memory in MiB.
+
+    ttft: from sending a request to the first text of its stream. gap: between two reads of one stream that brought
+    events; longest_gap: the longest of each stream. cpu_ms_per_request, rss_mib: by process of the server.
+    """
+
+    peer: str
+    concurrency: int
+    is_stream: bool
+    max_tokens: int
+    num_prompt_words: int
+    num_requests: int
+    num_errors: int
+    first_error: str | None
+    requests_per_s: float
+    tokens_per_s: float
+    latency_p50: float
+    latency_p99: float
+    ttft_p50: float = 0.0
+    ttft_p99: float = 0.0
+    gap_p50: float = 0.0
+    longest_gap_p99: float = 0.0
+    tokens_per_event: float = 0.0
+    client_cpu_ms_per_request: float = 0.0
+    cpu_ms_per_request: dict[str, float] = field(default_factory=dict)
+    rss_mib: dict[str, float] = field(default_factory=dict)
+
+
+def measures(peer: str, load: Load, outcome: Outcome) -> Measures:
+    whole = [reply for reply in outcome.replies if reply.error is None]
+    errors = [reply.error for reply in outcome.replies if reply.error is not None]
+    streams = whole if load.is_stream else []
+    latencies_ms = [(reply.finished_at - reply.sent_at) * 1000 for reply in whole]
+    ttfts_ms = [(reply.first_content_at - reply.sent_at) * 1000 for reply in streams]
+    gaps_ms = [[(later - at) * 1000 for at, later in pairwise(reply.arrivals)] for reply in streams]
+    num_tokens = len(whole) * load.max_tokens
+    return Measures(
+        peer, load.num_users, load.is_stream, load.max_tokens, load.num_prompt_words,
+        num_requests=len(outcome.replies),
+        num_errors=len(errors),
+        first_error=errors[0] if errors else None,
+        requests_per_s=len(whole) / outcome.seconds,
+        tokens_per_s=num_tokens / outcome.seconds,
+        latency_p50=percentile(latencies_ms, 50),
+        latency_p99=percentile(latencies_ms, 99),
+        ttft_p50=percentile(ttfts_ms, 50),
+        ttft_p99=percentile(ttfts_ms, 99),
+        gap_p50=percentile([gap for gaps in gaps_ms for gap in gaps], 50),
+        longest_gap_p99=percentile([max(gaps) for gaps in gaps_ms if gaps], 99),
+        tokens_per_event=num_tokens / max(1, sum(len(gaps) + 1 for gaps in gaps_ms)) if load.is_stream else 0.0,
+        client_cpu_ms_per_request=outcome.client_cpu_s * 1000 / load.num_requests,
+    )  # fmt: skip
+
+
+Key = tuple[int, int, int, bool, str]  # one peer under one load
 
 
 def medians(done: Sequence[Measures]) -> dict[Key, tuple[Measures, float]]:
     """The middle round of each peer under each load, by tokens per second, and their spread as a share of the mean."""
     rounds: dict[Key, list[Measures]] = {}
     for measured in sorted(done, key=lambda each: each.tokens_per_s):
-        rounds.setdefault(key_of(measured), []).append(measured)
+        of = measured
+        key = (of.max_tokens, of.num_prompt_words, of.concurrency, of.is_stream, of.peer)
+        rounds.setdefault(key, []).append(measured)
     return {key: (of_key[(len(of_key) - 1) // 2], _spread(of_key)) for key, of_key in sorted(rounds.items())}
 
 
@@ -95,8 +154,3 @@ def write_report(done: Sequence[Measures], folder: Path, name: str) -> None:
     except ImportError:  # a GPU machine may have just what the servers need
         print("no plot: matplotlib is not installed")
     print(f"written: {folder}/{name}.json, .md and .png")
-
-
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    write_report([Measures(**each) for each in json.loads(source.read_text())], source.parent, source.stem)

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bench.client import Load
+from bench.client import Load, Outcome, Reply
 
 
 class BenchServing:
@@ -38,6 +39,24 @@ def load_args(load: Load) -> list[str]:
         *([] if load.is_stream else ["--disable-stream"]),
         *("--extra-request-body", json.dumps(extra)),
     ]  # fmt: skip
+
+
+def outcome_of(found: dict[str, Any], load: Load) -> Outcome:
+    """found: with `--output-details`. Items of its `itls`: a stream's gaps. Each reply is sent at 0."""
+    replies = [
+        Reply(
+            0.0,
+            finished_at=ttft + sum(gaps),
+            first_content_at=ttft,
+            arrivals=list(accumulate(gaps, initial=ttft)),
+            num_tokens=num_tokens,
+            error=error or ("" if num_tokens == load.max_tokens else "not all tokens") or None,
+        )
+        for ttft, gaps, num_tokens, error in zip(
+            found["ttfts"], found["itls"], found["output_lens"], found["errors"], strict=True
+        )
+    ]
+    return Outcome(replies, found["duration"])
 
 
 def _run(folder: Path, args: Sequence[str]) -> dict[str, Any]:

@@ -18,11 +18,12 @@ import pytest
 from bench import __main__ as bench_main
 from bench import routing
 from bench.client import Load, Outcome, Reply
-from bench.fake_sglang.engine import Engine
+from bench.fake_sglang import Engine
 from bench.hops import _WATCHED, POINTS, hops
-from bench.measures import of_bench_serving, of_outcome
 from bench.peers import PEERS, Instant, Ours, Setting
 from bench.processes import Child, Infra
+from bench.report import measures
+from bench.serving import outcome_of
 from common.sglang import plugins
 from launch.dev import Source
 from tests.processes import ROOT
@@ -69,7 +70,7 @@ def test_what_bench_serving_found_is_read_as_our_own_clients_replies_are() -> No
         "itls": [[0.1, 0.2], []],
         "duration": 0.4,
     }
-    ours, theirs = of_outcome("ours", load, Outcome(replies, 10.0)), of_bench_serving("ours", load, found)
+    ours, theirs = measures("ours", load, Outcome(replies, 0.4)), measures("ours", load, outcome_of(found, load))
     for name, value in asdict(ours).items():
         assert getattr(theirs, name) == (pytest.approx(value) if isinstance(value, float) else value), name
     assert (ours.num_errors, ours.ttft_p50, ours.longest_gap_p99) == (1, pytest.approx(100), pytest.approx(200))

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 from fastapi import HTTPException
 
-from bench.fake_sglang.engine import Engine
+from bench.fake_sglang import Engine
 from common.dynamo.service import RequestContext
 from common.errors import Aborted, Busy, InvalidRequest, PipelineError
 from common.openai.json_schema import GRAMMAR_FAILED

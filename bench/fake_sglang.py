@@ -1,4 +1,7 @@
-"""`sglang.Engine` without a model: tokens at a set pace, delivered the way SGLang delivers them.
+"""A stand-in for `sglang.Engine` inside the real engine.py, so that only the pipeline is measured.
+
+`python -m bench.fake_sglang engine.py --model-path ...` runs the script with SGLang's own argument parsing, and with
+tokens at a set pace, without a model, delivered the way SGLang delivers them.
 
 What is kept of SGLang's tokenizer manager, because it decides how many items a consumer sees: the model's step gives
 every request one token, whoever is slow; a streaming request gets an item every `stream_interval` tokens (the first
@@ -11,11 +14,13 @@ FAKE_STEP_MS sets the pace (default 0.25 ms per token, which no pipeline keeps u
 import asyncio
 import json
 import os
+import runpy
+import sys
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 _STEP_S = float(os.environ.get("FAKE_STEP_MS", "0.25")) / 1000
@@ -149,3 +154,16 @@ class Engine:
         return generator if stream else await anext(generator)
 
     def shutdown(self) -> None: ...
+
+
+def _stand_in(name: str, **contents: object) -> None:
+    sys.modules[name] = module = ModuleType(name)
+    vars(module).update(contents)
+
+
+if __name__ == "__main__":
+    _stand_in("sglang.srt.entrypoints.engine", Engine=Engine)
+    _stand_in("sglang.srt.managers.tokenizer_manager", SignalHandler=SignalHandler)
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as Python does for a script
+    runpy.run_path(sys.argv[0], run_name="__main__")
