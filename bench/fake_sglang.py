@@ -17,6 +17,7 @@ import os
 import runpy
 import sys
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,7 @@ _DEFAULT_MAX_NEW_TOKENS = 128
 
 
 class SignalHandler:
-    def __init__(self, tokenizer_manager: Any) -> None:
-        self.tokenizer_manager = tokenizer_manager
-
-    def sigterm_handler(self, signum: Any = None, frame: Any = None) -> None: ...
-
-    def running_phase_sigquit_handler(self, signum: Any = None, frame: Any = None) -> None: ...
+    """engine.py has its own, which is one of these. Nobody makes any: signals are the script's."""
 
 
 @dataclass(eq=False)
@@ -68,14 +64,11 @@ class Request:
 class TokenizerManager:
     """Steps of the model, and the requests that wait for them. A step costs what its items cost, and nothing else."""
 
-    signal_handler_class: type = SignalHandler
-
     def __init__(self, server_args: Any) -> None:
         config = json.loads((Path(server_args.model_path) / "config.json").read_text())
         context_len = server_args.context_length or config["max_position_embeddings"]
         self.model_config = SimpleNamespace(context_len=context_len, vocab_size=config["vocab_size"])
         self.max_req_input_len, self.num_reserved_tokens = context_len, 0
-        self.server_args = server_args
         self.rid_to_state: dict[str, Request] = {}
         self._started_at = time.perf_counter()
         self._due: dict[int, list[Request]] = {}
@@ -92,7 +85,7 @@ class TokenizerManager:
             if item["meta_info"]["finish_reason"] is not None:  # it may have finished since: then there is one more
                 return
 
-    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+    def abort_request(self, rid: str) -> None:
         if (request := self.rid_to_state.get(rid)) is not None and request.finish_reason is None:
             request.finish_reason = {"type": "abort", "message": "Aborted"}
             self._schedule(request, self.step_now + 1)
@@ -139,18 +132,17 @@ class Engine:
     def __init__(self, *, server_args: Any) -> None:
         self.tokenizer_manager = TokenizerManager(server_args)
         self._scheduler_init_result = SimpleNamespace(scheduler_infos=[{"max_total_num_tokens": 2**17}])
-        self._num_requests = 0
 
     async def async_generate(
         self, *, input_ids: list[int], sampling_params: dict[str, Any] | None = None, rid: str | None = None,
         stream: bool = False, **_: Any,
     ) -> Any:  # fmt: skip
         params, manager = sampling_params or {}, self.tokenizer_manager
-        self._num_requests += 1
         max_new_tokens = params.get("max_new_tokens") or _DEFAULT_MAX_NEW_TOKENS
         interval = (params.get("stream_interval") or 1) if stream else 0
-        rid = rid or str(self._num_requests)
-        generator = manager.generate(Request(rid, len(input_ids), max_new_tokens, interval, manager.step_now))
+        generator = manager.generate(
+            Request(rid or uuid.uuid4().hex, len(input_ids), max_new_tokens, interval, manager.step_now)
+        )
         return generator if stream else await anext(generator)
 
     def shutdown(self) -> None: ...

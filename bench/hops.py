@@ -114,23 +114,22 @@ def _watch(module: str, name: str, note: Callable[[], None], *, is_call: bool) -
         holder = getattr(holder, each)
     original: Callable[..., Any] = getattr(holder, name)
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        if is_call:
-            note()
+    def noted_call(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return original(*args, **kwargs)
+
+    def noted_return(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if not is_call:
-            note()
+        note()
         return result
 
-    async def noted_coroutine(*args: Any, **kwargs: Any) -> Any:
-        if is_call:
-            note()
+    async def noted_end(*args: Any, **kwargs: Any) -> Any:
         result = await original(*args, **kwargs)
-        if not is_call:
-            note()
+        note()
         return result
 
-    setattr(holder, name, noted_coroutine if inspect.iscoroutinefunction(original) else noted)
+    noted = noted_call if is_call else noted_end if inspect.iscoroutinefunction(original) else noted_return
+    setattr(holder, name, noted)
 
 
 def _run_watched(path: Path, command: list[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, ClassVar
+from typing import ClassVar
 
 import psutil
 
@@ -217,25 +217,19 @@ class EngineAlone(Peer):
     def start(self) -> None:
         command = self.setting.engine_script("bench/engine_alone.py")
         env, log_path = {"PYTHONPATH": PYTHONPATH}, self.folder / "engine.log"
-        self.children.append(Child("engine", command, log_path, env, subprocess.PIPE, subprocess.PIPE).start())
+        engine = Child("engine", command, log_path, env, subprocess.PIPE, subprocess.PIPE).start()
+        self.children.append(engine)
+        self._stdin, self._stdout = engine.popen.stdin, engine.popen.stdout
 
     def is_ready(self) -> bool:
         self.children[0].check()
         return bool(select.select([self._stdout], [], [], 1.0)[0]) and self._stdout.readline() == b"ready\n"
 
     def take(self, load: Load) -> Outcome:
-        stdin = self.children[0].popen.stdin
-        assert stdin is not None
-        stdin.write(json.dumps(asdict(load)).encode() + b"\n")
-        stdin.flush()
+        self._stdin.write(json.dumps(asdict(load)).encode() + b"\n")
+        self._stdin.flush()
         found = json.loads(self._stdout.readline())
         return Outcome([Reply(**reply) for reply in found["replies"]], found["seconds"])
-
-    @property
-    def _stdout(self) -> IO[bytes]:
-        stdout = self.children[0].popen.stdout
-        assert stdout is not None
-        return stdout
 
 
 class Instant(Peer):

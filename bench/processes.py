@@ -140,7 +140,7 @@ class Infra:
 
     def __init__(self, folder: Path) -> None:
         self._ports = nats_port, etcd_port = free_port(), free_port()
-        client_url, peer_url = f"http://127.0.0.1:{etcd_port}", f"http://127.0.0.1:{free_port()}"
+        client_url = f"http://127.0.0.1:{etcd_port}"
         self.env = {
             "NATS_SERVER": f"nats://127.0.0.1:{nats_port}",
             "ETCD_ENDPOINTS": client_url,
@@ -149,10 +149,9 @@ class Infra:
         }
         nats = [_binary("nats-server"), "-a", "127.0.0.1", "-p", str(nats_port), "-js", "-sd", str(folder / "nats")]
         etcd = [
-            _binary("etcd"), "--data-dir", str(folder / "etcd"), "--log-level", "warn",
+            _binary("etcd"), "--data-dir", str(folder / "etcd"), "--log-level", "warn", "--unsafe-no-fsync",
             "--listen-client-urls", client_url, "--advertise-client-urls", client_url,
-            "--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url,
-            "--initial-cluster", f"default={peer_url}", "--unsafe-no-fsync",
+            "--listen-peer-urls", "http://127.0.0.1:0",
         ]  # fmt: skip
         self.children = [Child("nats", nats, folder / "nats.log"), Child("etcd", etcd, folder / "etcd.log")]
 

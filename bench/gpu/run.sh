@@ -16,7 +16,8 @@ mkdir -p "$OUT"
 
 step "unpacking"
 . "$KIT/run/unpack.sh"
-python3 bench/gpu/entry_points.py "$SITE"
+# What an editable install would write: SGLang finds this project's plugins through it.
+python3 -c "from setuptools import setup; setup()" --quiet egg_info --egg-base "$SITE"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python3 -c "from importlib.metadata import version; print({name: version(name) for name in ('torch', 'sglang', 'ai-dynamo')})"
 nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv,noheader
