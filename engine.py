@@ -51,5 +51,5 @@ async def worker(runtime: DistributedRuntime, engine: SGLangEngine) -> None:
 
 if __name__ == "__main__":
     configure_dynamo_logging()
-    with SGLangEngine.from_args(sys.argv[1:]) as sglang_engine:
+    with SGLangEngine(sys.argv[1:]) as sglang_engine:
         uvloop.run(worker(sglang_engine))

@@ -32,7 +32,7 @@ _DEFAULT_MAX_NEW_TOKENS = 128
 
 
 class SignalHandler:
-    """engine.py has its own, which is one of these. Nobody makes any: signals are the script's."""
+    """engine.py changes it. Nobody makes one: signals are the script's."""
 
 
 @dataclass(eq=False)

@@ -150,7 +150,7 @@ class RouterDescription(msgspec.Struct, omit_defaults=True):
 
 
 class KvBlock(msgspec.Struct):
-    """tokens_hash: of its own tokens. block_hash: of the block and all before it, by `chained_hash`. 64 bits each."""
+    """tokens_hash: of its own tokens. block_hash: of the block and all before it, by `chained_hashes`. 64 bits each."""
 
     block_hash: int
     tokens_hash: int

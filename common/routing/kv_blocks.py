@@ -50,14 +50,13 @@ def unpacked(hashes: bytes) -> list[int]:
     return list(struct.unpack(f"<{len(hashes) // 8}Q", hashes))
 
 
-def chained_hash(parent_hash: int | None, tokens_hash: int) -> int:
-    """Of a block and all before it: two prompts may end alike. parent_hash: of all before it; None or 0: the first."""
-    return hash((parent_hash or 0, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF  # of numbers, so alike in all processes
+def chained_hashes(tokens_hashes: Iterable[int], parent_hash: int | None = None) -> list[int]:
+    """Of each block and all before it: two prompts may end alike. parent_hash: of what is before the first one."""
 
+    def chained(parent_hash: int, tokens_hash: int) -> int:
+        return hash((parent_hash, tokens_hash)) & 0xFFFF_FFFF_FFFF_FFFF  # of numbers, so alike in all processes
 
-def chained_hashes(tokens_hashes: Iterable[int]) -> list[int]:
-    """Of each block of a prompt and all before it."""
-    return list(accumulate(tokens_hashes, chained_hash, initial=0))[1:]
+    return list(accumulate(tokens_hashes, chained, initial=parent_hash or 0))[1:]
 
 
 class _Page(NamedTuple):
@@ -73,31 +72,24 @@ class CachedBlocks:
 
     def __init__(self) -> None:
         self._listeners: set[asyncio.Queue[dict[str, Any] | None]] = set()  # None: there is no more
-        self.forget()
-
-    def forget(self) -> None:
-        """Everything: nothing is known any more. Those who listen hear of it by the end of their streams."""
-        self._pages: dict[int | None, _Page] = {None: _Page([], None, [])}  # before the first one of a sequence
         self._blocks: dict[int, tuple[int | None, KvBlock]] = {}  # with the hash of the parent, which is further up
-        self._num_pages: Counter[int] = Counter()  # that complete a block
         self._changes: list[KvEvent] = []
-        for listener in self._listeners:
-            _cut_off(listener)
+        self.clear()
 
     def store(self, page_hash: int, parent_hash: int | None, token_ids: Sequence[int]) -> None:
         """A page of tokens that follows another one; None: that begins a sequence."""
         parent = self._pages.get(parent_hash)
         if parent is None or page_hash in self._pages:
             return
-        tokens, last_block, completed = [*parent.rest, *token_ids], parent.last_block, []
-        for tokens_hash in block_hashes(tokens):
-            block = KvBlock(chained_hash(last_block, tokens_hash), tokens_hash)
+        tokens, last_block = [*parent.rest, *token_ids], parent.last_block
+        tokens_hashes = block_hashes(tokens)
+        completed = chained_hashes(tokens_hashes, last_block)
+        for block in map(KvBlock, completed, tokens_hashes):
             self._num_pages[block.block_hash] += 1
             if self._num_pages[block.block_hash] == 1:
                 self._blocks[block.block_hash] = (last_block, block)
                 _append(self._changes, last_block, block)
             last_block = block.block_hash
-            completed.append(last_block)
         self._pages[page_hash] = _Page(completed, last_block, tokens[len(completed) * KV_BLOCK_SIZE :])
 
     def remove(self, page_hashes: Sequence[int]) -> None:
@@ -110,7 +102,11 @@ class CachedBlocks:
             self._changes.append(KvEvent(removed=BlocksRemoved(removed)))
 
     def clear(self) -> None:
-        self.remove([page_hash for page_hash in self._pages if page_hash is not None])
+        if self._blocks:
+            self._changes.append(KvEvent(removed=BlocksRemoved(list(self._blocks))))
+        self._pages: dict[int | None, _Page] = {None: _Page([], None, [])}  # before the first one of a sequence
+        self._blocks.clear()
+        self._num_pages: Counter[int] = Counter()  # that complete a block
 
     def describe(self, max_num_tokens: int) -> CacheDescription:
         lowest = heapq.nsmallest(NUM_LOWEST_HASHES, self._blocks)

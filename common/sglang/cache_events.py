@@ -65,7 +65,8 @@ class CacheEvents:
                     await self._hear(int.from_bytes(number), payload)
                 except Exception:
                     logger.exception("cannot read an event of SGLang's cache; all that was cached is forgotten")
-                    self.cached.forget()
+                    self.cached.clear()
+                    self.cached.publish()
 
     async def _hear(self, number: int, payload: bytes) -> None:
         """The next batch of events, with pauses for whoever else is on the event loop."""

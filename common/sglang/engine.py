@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
@@ -22,32 +22,37 @@ from common.text.vocabulary import tokenizer_sha256
 from common.wire import SCHEMA_PARAM, EngineChunk, EngineDescription, EngineRequest
 
 if TYPE_CHECKING:
-    from sglang.srt.server_args import ServerArgs
-
     from common.sglang.cache_events import CacheEvents
-
 
 # How SGLang begins to say that it has no grammar for a schema.
 _GRAMMAR_ERRORS = ("Failed to compile json grammar", "Grammar preprocessing timed out", GRAMMAR_FAILED)
 
 
 class SGLangEngine:
-    """A running engine. As a context manager it shuts SGLang's processes down at the end."""
+    """The engine that a command line describes (see `parse_engine_args`), running.
 
-    def __init__(self, server_args: "ServerArgs") -> None:
+    As a context manager it shuts SGLang's processes down at the end.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        server_args = parse_engine_args(argv)
         from sglang.srt.entrypoints.engine import Engine
+        from sglang.srt.managers.tokenizer_manager import SignalHandler
 
         from common.sglang.grammars import can_constrain
         from common.sglang.sampler import supports_seed
 
+        # SGLang takes SIGTERM for itself with its first request. SIGINT means the same here, and is still the worker's.
+        SignalHandler.sigterm_handler = lambda *_: os.kill(os.getpid(), signal.SIGINT)
         keep_ports_local(server_args)
         self._engine = Engine(server_args=server_args)
         self._tokenizer_manager = self._engine.tokenizer_manager
-        self._tokenizer_manager.signal_handler_class = _sigterm_as_sigint()
         self._pace = StreamPace()
         self.cache_events = cache_events_of(server_args.kv_events_config)
         self._max_cached_tokens: int = self._engine._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"]
         model_config = self._tokenizer_manager.model_config
+        # A prompt must pass the checks of SGLang's scheduler and of its tokenizer manager.
+        room = model_config.context_len - self._tokenizer_manager.num_reserved_tokens
         tokenizer_id = tokenizer_sha256(server_args.tokenizer_path or server_args.model_path, server_args.revision)
         self.description = EngineDescription(
             model=server_args.model_path,
@@ -55,14 +60,9 @@ class SGLangEngine:
             vocab_size=model_config.vocab_size,
             is_seed_supported=supports_seed(server_args),
             tokenizer_sha256=tokenizer_id,
-            max_input_tokens=_max_input_tokens(self._tokenizer_manager),
+            max_input_tokens=min(self._tokenizer_manager.max_req_input_len, room) - 1,
             can_constrain=bool(tokenizer_id) and can_constrain(server_args),
         )
-
-    @classmethod
-    def from_args(cls, argv: Sequence[str]) -> "SGLangEngine":
-        """The engine that a command line describes; see `parse_engine_args`."""
-        return cls(parse_engine_args(argv))
 
     def __enter__(self) -> "SGLangEngine":
         return self
@@ -94,7 +94,8 @@ class SGLangEngine:
         try:
             with when_stopped(context, lambda: self._abort(rid)):
                 async for output in self._outputs(request, rid):
-                    if (queue_time_s := output["meta_info"].get("queue_time")) is not None and _is_last(output):
+                    meta_info = output["meta_info"]
+                    if meta_info["finish_reason"] and (queue_time_s := meta_info.get("queue_time")) is not None:
                         context.record.waited(queue_time_s)
                     yield output
             is_complete = True
@@ -144,17 +145,6 @@ def cache_events_of(kv_events_config: str | None) -> "CacheEvents | None":
     return CacheEvents(endpoint)
 
 
-def _sigterm_as_sigint() -> type:
-    """SGLang takes SIGTERM for itself with its first request. SIGINT means the same here, and is still the worker's."""
-    from sglang.srt.managers.tokenizer_manager import SignalHandler
-
-    class SigtermAsSigint(SignalHandler):  # type: ignore[misc]
-        def sigterm_handler(self, signum: Any = None, frame: Any = None) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return SigtermAsSigint
-
-
 def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
     """What SGLang's item adds: it repeats all tokens of the answer each time, the new ones last."""
     meta_info = output["meta_info"]
@@ -175,10 +165,6 @@ def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
     return chunk
 
 
-def _is_last(output: Output) -> bool:
-    return output["meta_info"]["finish_reason"] is not None
-
-
 def _checked(output: Output) -> Output:
     finish_reason = output["meta_info"]["finish_reason"]
     if finish_reason and finish_reason["type"] == "abort":
@@ -196,9 +182,3 @@ def _error_of(status: int | None, message: str) -> PipelineError:
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Busy(f"The engine's queue is full: {message}.")
     return Aborted(f"The engine aborted the request: {message}.")
-
-
-def _max_input_tokens(tokenizer_manager: Any) -> int:
-    """The longest prompt that passes the checks of SGLang's scheduler and of its tokenizer manager."""
-    room = tokenizer_manager.model_config.context_len - tokenizer_manager.num_reserved_tokens
-    return min(tokenizer_manager.max_req_input_len, room) - 1  # type: ignore[no-any-return]
