@@ -29,11 +29,11 @@ def can_constrain(server_args: Any) -> bool:
 
 
 def register() -> None:
-    around, replace = HookType.AROUND, HookType.REPLACE
+    after, around, replace = HookType.AFTER, HookType.AROUND, HookType.REPLACE
     manager = "sglang.srt.constrained.grammar_manager.GrammarManager"
-    HookRegistry.register(f"{manager}.__init__", with_tokenizer, around)
-    HookRegistry.register(f"{manager}.process_req_with_grammar", after_a_cached_grammar, around)
-    HookRegistry.register(f"{manager}.get_ready_grammar_requests", after_compiled_grammars, around)
+    HookRegistry.register(f"{manager}.__init__", give_a_backend, after)
+    HookRegistry.register(f"{manager}.process_req_with_grammar", go_on_with_a_cached_grammar, after)
+    HookRegistry.register(f"{manager}.get_ready_grammar_requests", go_on_with_compiled_grammars, after)
     grammar = "sglang.srt.constrained.llguidance_backend.GuidanceGrammar"
     HookRegistry.register(f"{grammar}.__init__", compile_within_limits, replace)
     HookRegistry.register(f"{grammar}.fill_vocab_mask", mask_or_end, around)
@@ -58,9 +58,8 @@ class RecentGrammars(OrderedDict[Any, Any]):
             self.popitem(last=False)
 
 
-def with_tokenizer(init: Any, manager: Any, scheduler: Any) -> None:
-    """Stands around `GrammarManager.__init__`."""
-    init(manager, scheduler)
+def give_a_backend(_result: None, manager: Any, scheduler: Any) -> None:
+    """Stands behind `GrammarManager.__init__`."""
     if manager.grammar_backend is None and can_constrain(scheduler.server_args):
         manager.grammar_backend = _backend(scheduler)
     if manager.grammar_backend is not None:
@@ -88,20 +87,16 @@ def _backend(scheduler: Any) -> Any:
     )
 
 
-def after_a_cached_grammar(process: Any, manager: Any, request: Any) -> bool:
-    """Stands around `process_req_with_grammar`, which says whether the grammar is still to be compiled."""
-    is_compiling: bool = process(manager, request)
+def go_on_with_a_cached_grammar(is_compiling: bool, _manager: Any, request: Any) -> None:
+    """Stands behind `process_req_with_grammar`, which says whether the grammar is still to be compiled."""
     if not is_compiling:
         take_json_so_far(request)
-    return is_compiling
 
 
-def after_compiled_grammars(get_ready: Any, manager: Any) -> list[Any]:
-    """Stands around `get_ready_grammar_requests`."""
-    ready: list[Any] = get_ready(manager)
+def go_on_with_compiled_grammars(ready: list[Any], _manager: Any) -> None:
+    """Stands behind `get_ready_grammar_requests`."""
     for request in ready:
         take_json_so_far(request)
-    return ready
 
 
 def take_json_so_far(request: Any) -> None:
