@@ -52,7 +52,7 @@ _ENOUGH_CPUS = 12
 
 def loads(args: argparse.Namespace) -> list[Load]:
     """The most loaded first: if time runs out, those are measured."""
-    concurrency = args.concurrency or ((64,) if args.quick else CONCURRENCY_OF_LANE.get(args.lane, ()))
+    concurrency = args.concurrency or CONCURRENCY_OF_LANE.get(args.lane, ())
     sizes = [(users, REQUESTS_PER_USER.get(users, 4), args.max_tokens, 64) for users in concurrency]
     sizes = list(GROWTH) if args.lane == "growth" else sizes
     return [
@@ -71,7 +71,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--gpu", action="store_true", help="hops, routing: with SGLang on a GPU")
-    parser.add_argument("--quick", action="store_true", help="concurrency 64 only, one round")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--engine-args", default=None, help="SGLang's flags, instead of the lane's own")
     parser.add_argument("--client", choices=["own", "bench_serving"], default="own", help="default: %(default)s")
@@ -164,7 +163,7 @@ def main() -> None:
             routed = [peer for peer in peers if isinstance(peer, Replicas)]
             write_table(args, measure_routing(setting, routed, args.policies, num_rounds=args.rounds, until=until))
             return
-        for measured in measure_all(peers, loads(args), 1 if args.quick else args.rounds, until):
+        for measured in measure_all(peers, loads(args), args.rounds, until):
             done.append(measured)
             print(" | ".join(filter(None, row(measured))), flush=True)
             (args.out / f"{args.lane}.json").write_text(json.dumps([asdict(each) for each in done], indent=1))

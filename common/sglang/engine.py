@@ -91,12 +91,19 @@ class SGLangEngine:
             raise InvalidRequest("This engine does not support grammars.", param=SCHEMA_PARAM)
         rid = uuid.uuid4().hex  # unique, and never the prefix of another one
         loop, is_complete = asyncio.get_running_loop(), False
+
+        def abort() -> None:
+            self._tokenizer_manager.abort_request(rid=rid)
+
         try:
-            with when_stopped(context, lambda: self._abort(rid)):
+            with when_stopped(context, abort):
                 async for output in self._outputs(request, rid):
                     meta_info = output["meta_info"]
-                    if meta_info["finish_reason"] and (queue_time_s := meta_info.get("queue_time")) is not None:
-                        context.record.waited(queue_time_s)
+                    if finish_reason := meta_info["finish_reason"]:
+                        if finish_reason["type"] == "abort":
+                            raise _error_of(finish_reason.get("status_code"), finish_reason["message"])
+                        if (queue_time_s := meta_info.get("queue_time")) is not None:
+                            context.record.waited(queue_time_s)
                     yield output
             is_complete = True
         except ValueError as error:
@@ -110,7 +117,7 @@ class SGLangEngine:
         finally:
             if not is_complete:
                 with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(self._abort, rid)  # Dynamo may drop a stream in a thread of its own
+                    loop.call_soon_threadsafe(abort)  # Dynamo may drop a stream in a thread of its own
 
     async def _outputs(self, request: EngineRequest, rid: str) -> AsyncGenerator[Output, None]:
         options = request.output_options
@@ -125,14 +132,11 @@ class SGLangEngine:
             return_logprob=options.logprobs is not None,
             top_logprobs_num=options.logprobs or 0,
         )
-        if not options.stream:
-            yield _checked(response)
-            return
-        async for output in self._pace.paced(response):
-            yield _checked(output)
-
-    def _abort(self, rid: str) -> None:
-        self._tokenizer_manager.abort_request(rid=rid)
+        if options.stream:
+            async for output in self._pace.paced(response):
+                yield output
+        else:
+            yield response
 
 
 def cache_events_of(kv_events_config: str | None) -> "CacheEvents | None":
@@ -163,13 +167,6 @@ def new_tokens(output: Output, num_output_tokens_so_far: int) -> EngineChunk:
             for best in top_logprobs[num_output_tokens_so_far:]
         ]
     return chunk
-
-
-def _checked(output: Output) -> Output:
-    finish_reason = output["meta_info"]["finish_reason"]
-    if finish_reason and finish_reason["type"] == "abort":
-        raise _error_of(finish_reason.get("status_code"), finish_reason["message"])
-    return output
 
 
 def _error_of(status: int | None, message: str) -> PipelineError:
