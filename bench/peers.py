@@ -5,14 +5,16 @@ import select
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import psutil
 
 from bench.client import Load, Outcome, Reply, run_load
-from bench.processes import PYTHONPATH, Child, Infra, answers, free_port, wait_until
+from bench.processes import PYTHONPATH, Child, Infra, free_port, wait_until
 from bench.serving import BenchServing, load_args, outcome_of
 
 # SGLang's own server and Dynamo's processes log lines for every request; ours keep their default of one line each.
@@ -74,7 +76,9 @@ class Peer:
         for child in self.children:
             child.check()
         body = {"model": self.setting.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
-        return answers(f"{self.url}/v1/chat/completions", json.dumps(body).encode())
+        with suppress(httpx.HTTPError):
+            return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60).is_success
+        return False
 
     def take(self, load: Load) -> Outcome:
         if self.setting.bench_serving is None:

@@ -12,10 +12,11 @@ import re
 import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+import httpx
 
 from bench.peers import QUIET, DynamoPeer, Peer, Setting, dynamo_frontend
 from bench.processes import PYTHONPATH, free_port, frozen, wait_until
@@ -115,7 +116,7 @@ class Ours(Replicas, DynamoPeer):
         self.child("frontend", script("frontend.py", "--port", str(self.port)), **self._env)
 
     def is_ready(self) -> bool:
-        return super().is_ready() and f'"engines":{len(self.metrics_ports)}' in text_at(f"{self.url}/ready")
+        return super().is_ready() and f'"engines":{len(self.metrics_ports)}' in httpx.get(f"{self.url}/ready").text
 
     def prompt_tokens(self) -> tuple[float, float]:
         if not self.setting.is_engine_fake:
@@ -171,14 +172,9 @@ class DynamoRouter(Replicas, DynamoPeer):
 ROUTED: dict[str, type[Replicas]] = {peer.name: peer for peer in (Ours, SGLangRouter, DynamoRouter)}
 
 
-def text_at(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as response:
-        return str(response.read(), "utf-8")
-
-
 def _counted(port: int) -> tuple[float, float]:
     """How many prompt tokens were cached, and how many there were, by our metrics or SGLang's."""
-    text = text_at(f"http://127.0.0.1:{port}/metrics")
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
     pattern = r"^(?:dynamo_chat_|sglang:){}_total{{.*}} (\S+)$"
     cached, num = (
         sum(map(float, re.findall(pattern.format(name), text, re.MULTILINE)))
