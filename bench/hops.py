@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,34 +22,24 @@ from typing import Any
 from bench.client import Load, Reply, run_load
 from bench.peers import Ours, Setting
 
-# In the order in which a request passes them, until its first event: what is called, and whether that is the point, or
-# its return.
-_WATCHED = {
-    "frontend": (
-        ("frontend has the headers", "common.http.middleware", "RequestId.__call__", True),
-        ("frontend has checked the request", "common.http.chat", "parse_chat_request", False),
-        ("frontend calls a processor", "common.dynamo.runtime", "Client.direct", True),
-        ("frontend has text", "common.http.chat", "AnswerStream.check", True),
-        ("frontend has an event", "common.http.chat", "AnswerStream.events", False),
-    ),
-    "processor": (
-        ("processor has the request", "common.observability.request_records", "RequestRecord.asks", True),
-        ("processor has token ids", "common.text.chat_tokenizer", "ChatTokenizer.encode_chat", False),
-        ("processor calls an engine", "common.dynamo.runtime", "Client.direct", True),
-        ("processor has a token", "common.text.choice", "Choice.push", True),
-        ("processor has text", "common.text.generated_text", "GeneratedText.push", False),
-    ),
-    "engine": (
-        ("engine has the request", "common.observability.request_records", "RequestRecord.asks", True),
-        ("engine calls SGLang", "common.sglang.engine", "sglang_sampling_params", False),
-        ("engine has a token", "common.observability.request_records", "RequestRecord.answers", True),
-    ),
-}
-_points = {script: [point for point, *_ in watched] for script, watched in _WATCHED.items()}
-POINTS = (
-    "client sends", *_points["frontend"][:3], *_points["processor"][:3], *_points["engine"], *_points["processor"][3:],
-    *_points["frontend"][3:], "client has text",
-)  # fmt: skip
+# In the order in which a request passes them, until its first event; the first word is the script. What is called, and
+# whether that is the point, or its return.
+WATCHED = (
+    ("frontend has the headers", "common.http.middleware", "RequestId.__call__", True),
+    ("frontend has checked the request", "common.http.chat", "parse_chat_request", False),
+    ("frontend calls a processor", "common.dynamo.runtime", "Client.direct", True),
+    ("processor has the request", "common.observability.request_records", "RequestRecord.asks", True),
+    ("processor has token ids", "common.text.chat_tokenizer", "ChatTokenizer.encode_chat", False),
+    ("processor calls an engine", "common.dynamo.runtime", "Client.direct", True),
+    ("engine has the request", "common.observability.request_records", "RequestRecord.asks", True),
+    ("engine calls SGLang", "common.sglang.engine", "sglang_sampling_params", False),
+    ("engine has a token", "common.observability.request_records", "RequestRecord.answers", True),
+    ("processor has a token", "common.text.choice", "Choice.push", True),
+    ("processor has text", "common.text.generated_text", "GeneratedText.push", False),
+    ("frontend has text", "common.http.chat", "AnswerStream.check", True),
+    ("frontend has an event", "common.http.chat", "AnswerStream.events", False),
+)
+POINTS = ("client sends", *(point for point, *_ in WATCHED), "client has text")
 _STOP_S = 15.0
 
 
@@ -135,8 +126,13 @@ def _watch(module: str, name: str, note: Callable[[], None], *, is_call: bool) -
 def _run_watched(path: Path, command: list[str]) -> None:
     notes: list[str] = []
     script = next(Path(word).stem for word in command if word.endswith(".py"))
-    for point, module, name, is_call in _WATCHED[script]:
-        _watch(module, name, lambda point=point: notes.append(f"{time.perf_counter()!r} {point}\n"), is_call=is_call)  # type: ignore[misc]
+
+    def note(point: str) -> None:
+        notes.append(f"{time.perf_counter()!r} {point}\n")
+
+    for point, module, name, is_call in WATCHED:
+        if point.startswith(script):
+            _watch(module, name, partial(note, point), is_call=is_call)
     importlib.import_module("common.dynamo.runtime")  # its exit handler ends the process: ours comes before it
     atexit.register(lambda: path.write_text("".join(notes)))
     if command[0] == "-m":

@@ -78,10 +78,8 @@ Key = tuple[int, int, int, bool, str]  # one peer under one load
 def medians(done: Sequence[Measures]) -> dict[Key, tuple[Measures, float]]:
     """The middle round of each peer under each load, by tokens per second, and their spread as a share of the mean."""
     rounds: dict[Key, list[Measures]] = {}
-    for measured in sorted(done, key=lambda each: each.tokens_per_s):
-        of = measured
-        key = (of.max_tokens, of.num_prompt_words, of.concurrency, of.is_stream, of.peer)
-        rounds.setdefault(key, []).append(measured)
+    for of in sorted(done, key=lambda each: each.tokens_per_s):
+        rounds.setdefault((of.max_tokens, of.num_prompt_words, of.concurrency, of.is_stream, of.peer), []).append(of)
     return {key: (of_key[(len(of_key) - 1) // 2], _spread(of_key)) for key, of_key in sorted(rounds.items())}
 
 
@@ -90,9 +88,8 @@ def _spread(rounds: Sequence[Measures]) -> float:
     return statistics.pstdev(speeds) / (statistics.fmean(speeds) or 1.0)
 
 
-def row(measured: Measures, deviation: float | None = None) -> list[str]:
+def row(of: Measures, deviation: float | None = None) -> list[str]:
     """The cells of a table, or what is said while it is measured."""
-    of = measured
     load = f"c={of.concurrency}, {of.max_tokens} tokens, {of.num_prompt_words} words"
     return [
         f"{load}, {'streaming' if of.is_stream else 'whole'}",

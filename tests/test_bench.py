@@ -19,7 +19,7 @@ from bench import __main__ as bench_main
 from bench import routing
 from bench.client import Load, Outcome, Reply
 from bench.fake_sglang import Engine
-from bench.hops import _WATCHED, POINTS, hops
+from bench.hops import POINTS, WATCHED, hops
 from bench.peers import PEERS, Instant, Ours, Setting
 from bench.processes import Child, Infra
 from bench.report import measures
@@ -92,7 +92,7 @@ def test_hops_are_the_times_between_the_points_that_a_request_passed() -> None:
 
 
 def test_every_point_that_is_watched_is_in_the_code() -> None:
-    for point, module, path, _ in (watched for points in _WATCHED.values() for watched in points):
+    for point, module, path, _ in WATCHED:
         found = importlib.import_module(module)
         for name in path.split("."):
             found = getattr(found, name)
