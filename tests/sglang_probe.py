@@ -69,6 +69,7 @@ def answer(folder: str) -> dict[str, Any]:
         "arguments": dict(parsed(folder)),
         "environment": dict(os.environ),
         "prefill_batching": prefill_batching(),
+        "seeds": seeds(),
         "grammars": grammars(),
         "cache_events": cache_events(),
         **platform(),
@@ -135,6 +136,32 @@ def prefill_batching() -> dict[str, Any]:
         "ranks_have": those_of(ParallelState, "pp_rank", "attn_tp_rank", "attn_cp_rank"),
         "batch_has": those_of(ScheduleBatch, "batch_size", "forward_mode"),
     }
+
+
+def seeds() -> list[list[int | None]]:
+    """Of a batch as it is copied for a step, and of the same when some of its requests have ended."""
+    from unittest.mock import MagicMock
+
+    import torch
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    def batch_info(*seeds: int | None) -> Any:
+        each = torch.ones(len(seeds))
+        flags = dict.fromkeys(("is_all_greedy", "is_any_greedy"), False)
+        flags |= {f"need_{name}_sampling": False for name in ("top_p", "top_k", "min_p")}
+        made = SamplingBatchInfo(
+            each, each, each, each, vocab_size=8, penalizer_orchestrator=MagicMock(is_required=False), **flags
+        )
+        params = [SimpleNamespace(sampling_seed=seed) for seed in seeds]
+        requests = [SimpleNamespace(sampling_params=each) for each in params]
+        made.adjusted_from_schedule_batch(SimpleNamespace(reqs=requests), 8)
+        return made
+
+    running = batch_info(1, None)
+    running.merge_batch(batch_info(2))
+    copied = running.copy_for_forward()
+    running.filter_batch([0, 2], torch.tensor([0, 2]))
+    return [copied.request_seeds, running.request_seeds]
 
 
 def grammars() -> dict[str, Any]:

@@ -74,6 +74,10 @@ def test_in_the_engine_they_act() -> None:
     assert probe()["environment"]["DYN_CHAT_SGLANG_PLUGINS"] == "1"  # which the scheduler inherits
 
 
+def test_a_batch_carries_the_seeds_of_its_requests_and_so_does_its_copy_for_a_step() -> None:
+    assert probe()["seeds"] == [[1, None, 2], [1, 2]]
+
+
 def test_the_scheduler_has_grammars_though_it_has_no_tokenizer_unless_told_not_to(embedded_model: str) -> None:
     grammars = probe()["grammars"]
     assert grammars["without"] is None
