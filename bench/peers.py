@@ -221,18 +221,18 @@ class EngineAlone(Peer):
     def start(self) -> None:
         command = self.setting.engine_script("bench/engine_alone.py")
         env, log_path = {"PYTHONPATH": PYTHONPATH}, self.folder / "engine.log"
-        engine = Child("engine", command, log_path, env, subprocess.PIPE, subprocess.PIPE).start()
-        self.children.append(engine)
-        self._stdin, self._stdout = engine.popen.stdin, engine.popen.stdout
+        self.children.append(Child("engine", command, log_path, env, subprocess.PIPE, subprocess.PIPE).start())
 
     def is_ready(self) -> bool:
         self.children[0].check()
-        return bool(select.select([self._stdout], [], [], 1.0)[0]) and self._stdout.readline() == b"ready\n"
+        stdout = self.children[0].popen.stdout
+        return bool(select.select([stdout], [], [], 1.0)[0]) and stdout.readline() == b"ready\n"
 
     def take(self, load: Load) -> Outcome:
-        self._stdin.write(json.dumps(asdict(load)).encode() + b"\n")
-        self._stdin.flush()
-        found = json.loads(self._stdout.readline())
+        engine = self.children[0].popen
+        engine.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
+        engine.stdin.flush()
+        found = json.loads(engine.stdout.readline())
         return Outcome([Reply(**reply) for reply in found["replies"]], found["seconds"])
 
 
