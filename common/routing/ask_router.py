@@ -54,7 +54,7 @@ class AskRouter:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(ASKING_TIMEOUT_S):
                         chosen = await self._ask(request, instance_ids, context, booking)
-            yield chosen or self._without.next(instance_ids)
+            yield self._without.next(instance_ids) if chosen is None else chosen
 
     async def _ask(
         self, request: dict[str, Any], instance_ids: Sequence[int], context: RequestContext, booking: AsyncExitStack
