@@ -1,21 +1,21 @@
 """What changed between Dynamo releases, and nothing else: the only module that knows there are several.
 
-======================  =======================  =========================  ==============================
-                        0.5                      0.7                        1.x
-======================  =======================  =========================  ==============================
-the runtime             (loop, is_static)        (loop, "etcd", is_static)  (loop, "etcd", "nats")
-namespace, component    objects of the runtime   objects of the runtime     "namespace.component.endpoint"
-create_service()        serving needs it         serving needs it           gone
-request plane           NATS                     NATS                       TCP unless told otherwise
-response streams        on a routable address    on a routable address      on the interface we name
-leaving etcd            when all is answered     at once                    at once
-  by                    shutdown()               shutdown()                 unregister_endpoint_instance()
-  meanwhile             new calls are refused    its own calls fail too     new calls are answered
-when etcd forgets us    the runtime ends for     the runtime ends, another  the runtime ends, another
-                        good, so must we         one can be opened          one can be opened
-a missed response       rules out the instance   is forgiven                is forgiven
-too large a request     is never answered        is never answered          is refused at once
-======================  =======================  =========================  ==============================
+======================  ==============================  ==============================
+                        0.5                             1.x
+======================  ==============================  ==============================
+the runtime             (loop, is_static)               (loop, "etcd", "nats")
+namespace, component    objects of the runtime          "namespace.component.endpoint"
+create_service()        serving needs it                gone
+request plane           NATS                            TCP unless told otherwise
+response streams        on a routable address           on the interface we name
+leaving etcd            when all is answered            at once
+  by                    shutdown()                      unregister_endpoint_instance()
+  meanwhile             new calls are refused           new calls are answered
+when etcd forgets us    the runtime ends for good,      the runtime ends, another one
+                        so must we                      can be opened
+a missed response       rules out the instance          is forgiven
+too large a request     is never answered               is refused at once
+======================  ==============================  ==============================
 
 Each function below is one row or two. Releases are told apart by what they offer, not by a version number.
 """
@@ -44,9 +44,8 @@ from dynamo.runtime.logging import configure_dynamo_logging as configure_dynamo_
 logger = logging.getLogger(__name__)
 
 _HAS_COMPONENTS = hasattr(DistributedRuntime, "namespace")
-_TAKES_A_STORE = "store_kv" in (DistributedRuntime.__text_signature__ or "")
 _CLIENTS_HAVE_A_MODE = "router_mode" in inspect.signature(_core.Endpoint.client).parameters
-CAN_REOPEN = _TAKES_A_STORE or not _HAS_COMPONENTS
+CAN_REOPEN = not _HAS_COMPONENTS
 """Whether a process can open another runtime after its first one has ended."""
 
 # The runtime's errors arrive as text: 1.x begins with a kind of error, which 1.6 names anew; 0.x says it in words.
@@ -87,9 +86,7 @@ async def _keep_threads_apart() -> None:
 
 @pem_texts()
 def _open_runtime(loop: asyncio.AbstractEventLoop) -> Any:
-    if not _HAS_COMPONENTS:
-        return DistributedRuntime(loop, "etcd", "nats")
-    return DistributedRuntime(loop, "etcd", False) if _TAKES_A_STORE else DistributedRuntime(loop, False)
+    return DistributedRuntime(loop, False) if _HAS_COMPONENTS else DistributedRuntime(loop, "etcd", "nats")
 
 
 async def open_endpoint(runtime: Any, namespace: str, component: str, endpoint: str, *, serve: bool) -> Any:
