@@ -144,19 +144,22 @@ class FailoverClient(Generic[C]):
                             delivered.append(chunk)
                             yield chunk
                     return
-            except (Busy, InstanceFailed) as failure:
+            except Busy:
                 record.broke()
                 if context.is_stopped():
                     return
-                if isinstance(failure, InstanceFailed):
-                    self._instances.quarantine(instance_id, failure)
-                    if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
-                        num_broken_calls += 1
-                        deadline = loop.time() + self._limits.wait_s
-                elif is_begun or delivered:  # what was delivered is worth waiting for the rest
+                if is_begun or delivered:  # what was delivered is worth waiting for the rest
                     await asyncio.sleep(_BUSY_PAUSE_S)
                 else:
                     busy.add(instance_id)
+            except InstanceFailed as failure:
+                record.broke()
+                if context.is_stopped():
+                    return
+                self._instances.quarantine(instance_id, failure)
+                if not isinstance(failure, NotDelivered):  # until now it was being answered, and nobody waited for
+                    num_broken_calls += 1
+                    deadline = loop.time() + self._limits.wait_s
             if loop.time() > deadline:
                 raise Unavailable(f"No instance of {self._client} answers.")
             is_begun = is_begun or bool(delivered)
