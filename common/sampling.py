@@ -15,11 +15,7 @@ _SAMPLING_FIELDS = (
 
 
 def engine_request(
-    chat: ChatCompletionRequest,
-    token_ids: list[int],
-    index: int,
-    max_tokens: int,
-    defaults: dict[str, float | int],
+    chat: ChatCompletionRequest, token_ids: list[int], index: int, max_tokens: int, defaults: dict[str, float | int]
 ) -> EngineRequest:
     """The request for choice `index`. `defaults`: the model's own sampling values, for what the client left open.
 

@@ -1,8 +1,7 @@
 """Calls that survive the failure of an instance.
 
 `FailoverClient` calls another instance when one fails. An answer that breaks midway goes on elsewhere with what is
-left to do, if its chunks tell (`rest_of`), or from its beginning, if its caller can drop what it has
-(`on_restart`).
+left to do, if its chunks tell (`rest_of`), or from its beginning, if its caller can drop what it has (`on_restart`).
 """
 
 import asyncio
@@ -80,12 +79,7 @@ class FailoverClient(Generic[C]):
     """
 
     def __init__(
-        self,
-        client: Client,
-        directory: Directory,
-        kind: type[C],
-        metrics: Metrics,
-        limits: CallLimits = DEFAULT_LIMITS,
+        self, client: Client, directory: Directory, kind: type[C], metrics: Metrics, limits: CallLimits = DEFAULT_LIMITS
     ) -> None:
         self._client, self._limits = client, limits
         self._kind: type[C] = kind

@@ -28,21 +28,8 @@ from common.errors import (
     UnsupportedMediaType,
 )
 from common.observability.request_records import RequestRecord
+from common.openai import responses as openai
 from common.openai.request import ChatCompletionRequest, parse_chat_request
-from common.openai.responses import (
-    AnswerToolCall,
-    AnswerToolCallDelta,
-    CalledFunction,
-    ChatCompletion,
-    ChatCompletionChunk,
-    Choice,
-    ChunkChoice,
-    Delta,
-    FunctionDelta,
-    Logprobs,
-    Message,
-    Path,
-)
 from common.wire import LogprobEntry, ProcessorChunk, ToolCallDelta, Usage, to_wire
 
 logger = logging.getLogger(__name__)
@@ -121,12 +108,12 @@ class _Answer:
         self.record.finish()
 
     @property
-    def path(self) -> Path | UnsetType:
+    def path(self) -> openai.Path | UnsetType:
         """For those who asked for it. `pid`: a frontend is in no registry, and has no id."""
         if self.record.path is None:
             return UNSET
         self.record.path.answering()
-        return Path(pid=os.getpid(), **to_wire(self.record.path.trace))
+        return openai.Path(pid=os.getpid(), **to_wire(self.record.path.trace))
 
 
 class Answer(_Answer):
@@ -143,7 +130,7 @@ class Answer(_Answer):
     def to_json(self) -> bytes:
         self.finish()
         choices = [
-            Choice(
+            openai.Choice(
                 index=chunk.index,
                 message=_message(chunk),
                 logprobs=_logprobs(chunk.logprobs),
@@ -152,7 +139,8 @@ class Answer(_Answer):
             for chunk in self._chunks
             if chunk.finish_reason is not None  # they all have one
         ]
-        return msgspec.json.encode(ChatCompletion(**self.head, choices=choices, usage=self.usage, path=self.path))
+        completion = openai.ChatCompletion(**self.head, choices=choices, usage=self.usage, path=self.path)
+        return msgspec.json.encode(completion)
 
 
 class AnswerStream(_Answer):
@@ -164,9 +152,11 @@ class AnswerStream(_Answer):
 
     _num_started = 0  # choices
 
-    def _event(self, choices: list[ChunkChoice], usage: Usage | None, path: Path | UnsetType = UNSET) -> bytes:
+    def _event(
+        self, choices: list[openai.ChunkChoice], usage: Usage | None, path: openai.Path | UnsetType = UNSET
+    ) -> bytes:
         wanted = usage if self.request.is_usage_wanted else UNSET
-        return sse(ChatCompletionChunk(**self.head, choices=choices, usage=wanted, path=path))
+        return sse(openai.ChatCompletionChunk(**self.head, choices=choices, usage=wanted, path=path))
 
     def events(self, chunk: ProcessorChunk) -> bytes:
         """The events for a chunk: the role first, an empty delta with the finish_reason last.
@@ -181,15 +171,15 @@ class AnswerStream(_Answer):
         deltas = _deltas(chunk)
         while self._num_started <= index:
             content = "" if not deltas or deltas[0].content is not UNSET else None
-            first = Delta(role="assistant", content=content, refusal=None)
-            choices.append(ChunkChoice(index=self._num_started, delta=first))
+            first = openai.Delta(role="assistant", content=content, refusal=None)
+            choices.append(openai.ChunkChoice(index=self._num_started, delta=first))
             self._num_started += 1
         logprobs = _logprobs(chunk.logprobs)
         for delta in deltas:
-            choices.append(ChunkChoice(index=index, delta=delta, logprobs=logprobs))
+            choices.append(openai.ChunkChoice(index=index, delta=delta, logprobs=logprobs))
             logprobs = None
         if chunk.finish_reason is not None:
-            choices.append(ChunkChoice(index=index, delta=Delta(), finish_reason=chunk.finish_reason))
+            choices.append(openai.ChunkChoice(index=index, delta=openai.Delta(), finish_reason=chunk.finish_reason))
         usage = self.usage if self.request.is_usage_continuous else None
         return b"".join(self._event([choice], usage) for choice in choices)
 
@@ -200,40 +190,40 @@ class AnswerStream(_Answer):
         return self._event([], self.usage, self.path) + DONE
 
 
-def _logprobs(entries: list[LogprobEntry] | None) -> Logprobs | None:
-    return None if entries is None else Logprobs(content=entries)
+def _logprobs(entries: list[LogprobEntry] | None) -> openai.Logprobs | None:
+    return None if entries is None else openai.Logprobs(content=entries)
 
 
 def _call_id() -> str:
     return f"call_{uuid.uuid4().hex}"
 
 
-def _deltas(chunk: ProcessorChunk) -> list[Delta]:
+def _deltas(chunk: ProcessorChunk) -> list[openai.Delta]:
     """In their order; at least one where there are logprobs, which go with the first."""
-    deltas = [Delta(reasoning_content=chunk.reasoning_content)] if chunk.reasoning_content else []
+    deltas = [openai.Delta(reasoning_content=chunk.reasoning_content)] if chunk.reasoning_content else []
     if chunk.content:
-        deltas.append(Delta(content=chunk.content))
-    deltas += [Delta(tool_calls=[_tool_call_delta(delta)]) for delta in chunk.tool_calls]
-    return deltas or [Delta(content="")] * bool(chunk.logprobs)
+        deltas.append(openai.Delta(content=chunk.content))
+    deltas += [openai.Delta(tool_calls=[_tool_call_delta(delta)]) for delta in chunk.tool_calls]
+    return deltas or [openai.Delta(content="")] * bool(chunk.logprobs)
 
 
-def _tool_call_delta(delta: ToolCallDelta) -> AnswerToolCallDelta:
+def _tool_call_delta(delta: ToolCallDelta) -> openai.AnswerToolCallDelta:
     if delta.name is None:
-        return AnswerToolCallDelta(index=delta.index, function=FunctionDelta(arguments=delta.arguments))
-    function = FunctionDelta(name=delta.name, arguments=delta.arguments)
-    return AnswerToolCallDelta(index=delta.index, id=_call_id(), type="function", function=function)
+        return openai.AnswerToolCallDelta(index=delta.index, function=openai.FunctionDelta(arguments=delta.arguments))
+    function = openai.FunctionDelta(name=delta.name, arguments=delta.arguments)
+    return openai.AnswerToolCallDelta(index=delta.index, id=_call_id(), type="function", function=function)
 
 
-def _message(chunk: ProcessorChunk) -> Message:
+def _message(chunk: ProcessorChunk) -> openai.Message:
     """The whole answer of a choice; its content is null where it only calls tools, or did not get beyond reasoning."""
-    calls: list[AnswerToolCall] = []
+    calls: list[openai.AnswerToolCall] = []
     for delta in chunk.tool_calls:
         if delta.name is not None:
-            calls.append(AnswerToolCall(id=_call_id(), function=CalledFunction(name=delta.name)))
+            calls.append(openai.AnswerToolCall(id=_call_id(), function=openai.CalledFunction(name=delta.name)))
         calls[delta.index].function.arguments += delta.arguments
     content = chunk.content or (None if calls or chunk.reasoning_content else "")
     reasoning_content = chunk.reasoning_content or UNSET
-    return Message(content=content, reasoning_content=reasoning_content, tool_calls=calls or UNSET)
+    return openai.Message(content=content, reasoning_content=reasoning_content, tool_calls=calls or UNSET)
 
 
 class EventStream(EventSourceResponse):
